@@ -1,0 +1,175 @@
+"""A GGUF file becomes a MODEL: the host detects and builds it, our layers and tensors make it free of copies.
+
+The file is mapped, its tensors become state-dict entries over the mapping (`tensors.py`), and the host's own
+`load_diffusion_model_state_dict` does the rest with our layer classes (`ops.py`). What the host would do to plain
+tensors by copying is done here on names only: prefixes, and diffusers' names (`diffusers_names.py`).
+
+The model remembers its file (attachment `sluice`), checks before each sampling run that it is unchanged, and can be
+made again by the host from its path, which core's hooks, device selectors and multi-GPU clones rely on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import comfy.model_detection
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import CallbacksMP
+
+from . import architectures, diffusers_names
+from .gguf.errors import shown
+from .gguf.reader import GGUFError, GGUFFile
+from .ops import make_ops
+from .patcher import patching_at_use
+from .tensors import state_dict
+
+log = logging.getLogger("sluice.loaders")
+
+ATTACHMENT = "sluice"
+INCOMPLETE_MODEL = "it is incomplete or was converted wrongly, download or convert it again"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What a model was made from; the report reads it."""
+
+    file: GGUFFile
+    architecture: str
+    tensor_types: dict[str, int]  # type name -> bytes in the file
+
+    def __repr__(self) -> str:
+        types = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in self.tensor_types.items())
+        return f"{self.file.path.name} ({self.architecture}: {types})"
+
+
+def load_diffusion_model(
+    path: str | Path, compute_dtype: torch.dtype | None = None, disable_dynamic: bool = False
+) -> ModelPatcher:
+    """Load the diffusion model in the GGUF file at `path` (any part of a split one).
+
+    Args:
+        compute_dtype: what activations and dequantised weights are in; None leaves it to the host, which chooses by
+            architecture and device.
+        disable_dynamic: make a classic patcher even where the host's dynamic VRAM is on (the host asks for that).
+
+    Raises:
+        GGUFError: no sound GGUF file, no diffusion model, an architecture that this ComfyUI does not know, or one
+            that lacks tensors.
+    """
+    file = GGUFFile(path)
+    try:
+        model = _build(file, compute_dtype, disable_dynamic)
+    except Exception:
+        file.close()
+        raise
+    model.cached_patcher_init = (load_diffusion_model, (str(path), compute_dtype))
+    model.set_attachments(ATTACHMENT, _described(file))
+    model.add_callback(CallbacksMP.ON_PRE_RUN, partial(_check_file, file))
+    log.info("loaded %r", model.get_attachment(ATTACHMENT))
+    return model
+
+
+def _build(file: GGUFFile, compute_dtype: torch.dtype | None, disable_dynamic: bool) -> ModelPatcher:
+    metadata = {"config": file.metadata["config"]} if "config" in file.metadata else None
+    tensors = _with_host_names(file, metadata)
+    config = _detect(tensors, metadata)
+    if config is None:
+        raise _not_a_diffusion_model(file)
+    device = comfy.model_management.get_torch_device()
+    supported = list(config.supported_inference_dtypes)
+    storage = compute_dtype or comfy.model_management.unet_dtype(
+        model_params=comfy.utils.calculate_parameters(tensors), supported_dtypes=supported
+    )
+    # The host would compute in another dtype where it thinks the device slow in this one; a user's choice stands.
+    chosen = compute_dtype is not None
+    manual_cast = None if chosen else comfy.model_management.unet_manual_cast(storage, device, supported)
+    options = {"dtype": storage, "custom_operations": make_ops(storage, manual_cast)}
+    try:
+        model = comfy.sd.load_diffusion_model_state_dict(
+            tensors, model_options=options, metadata=metadata, disable_dynamic=disable_dynamic
+        )
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error):
+            raise
+        raise GGUFError(file.path, f"its tensors do not fit the model: {error}", INCOMPLETE_MODEL) from error
+    model.model.manual_cast_dtype = manual_cast
+    _fill_missing(file, model.model.diffusion_model)
+    return patching_at_use(model)
+
+
+def _detect(tensors: dict[str, torch.Tensor], metadata: dict | None) -> Any:
+    config = comfy.model_detection.model_config_from_unet(tensors, "", metadata=metadata)
+    return config or comfy.model_detection.model_config_from_diffusers_unet(tensors)
+
+
+def _with_host_names(file: GGUFFile, metadata: dict | None) -> dict[str, torch.Tensor]:
+    """The file's tensors under the names that the host's detection knows."""
+    tensors = state_dict(file)
+    prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
+    tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)} or tensors
+    if comfy.model_detection.model_config_from_unet(tensors, "", metadata=metadata) is not None:
+        return tensors
+    try:
+        return diffusers_names.convert(tensors, comfy.model_detection.convert_diffusers_mmdit) or tensors
+    except ValueError as error:
+        raise GGUFError(file.path, str(error), INCOMPLETE_MODEL) from error
+
+
+def _not_a_diffusion_model(file: GGUFFile) -> GGUFError:
+    architecture = file.metadata.get("general.architecture")
+    kind = architectures.other_kind(architecture, file.tensors)
+    if kind is not None:
+        return GGUFError(file.path, f"this is a {kind}, not a diffusion model", architectures.REMEDIES[kind])
+    stated = f"architecture {shown(str(architecture))}" if architecture else "no architecture stated"
+    first = ", ".join(shown(name) for name in list(file.tensors)[:3])
+    return GGUFError(
+        file.path,
+        f"this ComfyUI knows no diffusion model with these tensors ({stated}; {len(file.tensors)} tensors, "
+        f"beginning with {first})",
+        "update ComfyUI; if it is up to date, the model is not supported in this form: look for another conversion",
+    )
+
+
+def _fill_missing(file: GGUFFile, network: torch.nn.Module) -> None:
+    """Refuse a model whose layers lack weights; a missing bias is zero, as the host has it.
+
+    Such tensors are still on the meta device, where our layers declared them.
+    """
+    missing = [name for name, p in network.named_parameters() if p.is_meta]
+    weights = [name for name in missing if not name.endswith(".bias")]
+    if weights:
+        raise GGUFError(
+            file.path,
+            f"{len(weights)} tensors of the model are not in it, such as {shown(weights[0])}",
+            INCOMPLETE_MODEL,
+        )
+    for name in missing:
+        layer, _, key = name.rpartition(".")
+        parameter = network.get_parameter(name)
+        zeros = torch.zeros(parameter.shape, dtype=parameter.dtype)
+        network.get_submodule(layer).register_parameter(key, torch.nn.Parameter(zeros, requires_grad=False))
+    if missing:
+        log.warning(
+            "%s: %d biases are not in the file and are zero, such as %s", file.path.name, len(missing), missing[0]
+        )
+
+
+def _check_file(file: GGUFFile, patcher: ModelPatcher) -> None:
+    file.check_unchanged()
+
+
+def _described(file: GGUFFile) -> LoadedModel:
+    sizes: Counter[str] = Counter()
+    for info in file.tensors.values():
+        sizes[info.ggml_type.name] += info.nbytes
+    architecture = str(file.metadata.get("general.architecture", "no architecture stated"))
+    return LoadedModel(file, architecture, dict(sizes.most_common()))

@@ -1,0 +1,96 @@
+"""From an open GGUF file to the tensors of a state dict, without reading any weight.
+
+Quantised matrices become `QuantizedTensor`s over the file mapping, plain types become torch tensors over it; both
+tell the host where their bytes lie. Three repairs make the shapes what the model expects: `comfy.gguf.orig_shape`
+(the converter flattened a tensor), a 5-D convolution that ggml's four dimensions folded, and quantised vectors or
+parameters that no layer of ours owns, which become plain tensors here because they are small.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from math import prod
+
+import torch
+
+from . import compat
+from .gguf.errors import DAMAGED
+from .gguf.reader import GGUFError, GGUFFile, TensorInfo
+from .gguf.types import NO_REFERENCE, PLAIN, GGMLType
+from .quant.dispatch import dequantize
+from .quant.layout import quantized
+
+# Below this many bytes a weight is dequantised when it is loaded: the host keeps modules this small resident and
+# plain anyway, and a kernel launch would cost more than the bytes save.
+SMALL_BYTES = 16 * 1024
+
+TORCH_DTYPES = {
+    GGMLType.F64: torch.float64,
+    GGMLType.F32: torch.float32,
+    GGMLType.F16: torch.float16,
+    GGMLType.BF16: torch.bfloat16,
+    GGMLType.I8: torch.int8,
+    GGMLType.I16: torch.int16,
+    GGMLType.I32: torch.int32,
+    GGMLType.I64: torch.int64,
+}
+
+
+def state_dict(file: GGUFFile) -> dict[str, torch.Tensor]:
+    """Every tensor of `file`, in file order, under its own name.
+
+    Raises:
+        GGUFError: a type without a dequantiser, or an orig_shape that does not fit its tensor.
+    """
+    locks = [threading.Lock() for _ in file.parts]
+    biases = {name: info.shape[0] for name, info in file.tensors.items() if name.endswith(".bias") and info.shape}
+    result = {}
+    for name, info in file.tensors.items():
+        if info.ggml_type in NO_REFERENCE:
+            raise GGUFError(
+                file.path,
+                f"tensor '{name}' is of type {info.ggml_type.name}, which nothing turns back into weights exactly",
+                "use a conversion in another type, such as Q8_0 or Q4_K",
+            )
+        shape = _logical_shape(file, info, biases)
+        data = _mapped(file, info, locks[info.part])
+        if info.ggml_type in PLAIN:
+            result[name] = data.view(shape)
+        elif len(shape) < 2 or not name.endswith(".weight") or info.nbytes <= SMALL_BYTES:
+            result[name] = dequantize(data, info.ggml_type, shape, torch.float32)
+        else:
+            result[name] = quantized(data, info.ggml_type, shape)
+    return result
+
+
+def _mapped(file: GGUFFile, info: TensorInfo, lock: threading.Lock) -> torch.Tensor:
+    """The tensor's bytes as a flat tensor over the mapping: uint8 when quantised, else its own dtype."""
+    dtype = TORCH_DTYPES.get(info.ggml_type, torch.uint8)
+    if info.nbytes == 0:
+        return torch.empty(0, dtype=dtype)
+    with warnings.catch_warnings():
+        # The mapping is read-only by design; nothing here or in the host writes to a weight in place.
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        data = torch.frombuffer(file.view(info.name), dtype=dtype)
+    compat.attach_file_slice(data, file.file_handle(info.part), lock, info.offset)
+    return data
+
+
+def _logical_shape(file: GGUFFile, info: TensorInfo, biases: dict[str, int]) -> tuple[int, ...]:
+    stated = file.metadata.get(f"comfy.gguf.orig_shape.{info.name}")
+    if stated is not None:
+        shape = tuple(int(n) for n in stated)
+        if prod(shape) != prod(info.shape) or any(n < 0 for n in shape):
+            raise GGUFError(
+                file.path,
+                f"metadata 'comfy.gguf.orig_shape.{info.name}' says {shape}, it has {prod(info.shape)} elements",
+                DAMAGED,
+            )
+        return shape
+    # ggml has four dimensions, so a 3-D convolution [out, in, d, h, w] is stored as [out * in, d, h, w]. Its bias
+    # still has one element for each output channel.
+    out_channels = biases.get(info.name.removesuffix(".weight") + ".bias", 0)
+    if len(info.shape) == 4 and 0 < out_channels < info.shape[0] and info.shape[0] % out_channels == 0:
+        return (out_channels, info.shape[0] // out_channels, *info.shape[1:])
+    return info.shape

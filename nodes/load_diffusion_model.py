@@ -1,0 +1,60 @@
+"""GGUF file -> MODEL."""
+
+from __future__ import annotations
+
+import torch
+from comfy_api.latest import io
+
+from ..loaders.diffusion import load_diffusion_model
+from . import model_files
+
+FOLDERS = "sluice_diffusion_models"
+COMPUTE_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class LoadDiffusionModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SluiceDiffusionModelLoader",
+            display_name="Load Diffusion Model (GGUF)",
+            category="Sluice",
+            description="Loads a diffusion model from a GGUF file without copying it into RAM. Works like Load "
+            "Diffusion Model, for every architecture that this ComfyUI knows and every quant type.",
+            search_aliases=["gguf", "unet loader gguf", "quantized model"],
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=model_files.names(FOLDERS),
+                    tooltip="A .gguf file in models/diffusion_models, models/unet or models/unet_gguf. Of a split "
+                    "model, the first part stands for all.",
+                ),
+                io.Combo.Input(
+                    "compute_dtype",
+                    options=list(COMPUTE_DTYPES),
+                    default="auto",
+                    advanced=True,
+                    optional=True,
+                    tooltip="What the model computes in. auto leaves it to ComfyUI, which knows what suits the "
+                    "architecture and your GPU.",
+                ),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def validate_inputs(cls, model_name: str) -> bool | str:
+        try:
+            model_files.find(FOLDERS, model_name)
+        except FileNotFoundError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name: str, compute_dtype: str = "auto") -> str:
+        return model_files.stamp(FOLDERS, model_name)
+
+    @classmethod
+    def execute(cls, model_name: str, compute_dtype: str = "auto") -> io.NodeOutput:
+        path = model_files.find(FOLDERS, model_name)
+        return io.NodeOutput(load_diffusion_model(path, COMPUTE_DTYPES[compute_dtype]))
