@@ -140,31 +140,40 @@ def _same_row_major(given: tuple[int, ...], declared: tuple[int, ...]) -> bool:
     return position == len(large)
 
 
-def _is_here(layer: Any, device: torch.device) -> bool:
-    """Whether the layer's tensors can be used as they lie: on `device`, unpatched, not managed page by page."""
-    return (
-        layer.weight.device == device
-        and (layer.bias is None or layer.bias.device == device)
-        and not layer.weight_function
-        and not layer.bias_function
-    )
-
-
 class MappedLinear(MappedLayer):
     """`y = x W^T + b` with W dequantised for this call."""
 
     def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # At few tokens this function's own time is what a step waits for. The wrapper's attributes are read past it
+        # (`_qdata`), because `weight.device` and the like cost microseconds each on a tensor subclass.
         compat.run_every_op()
-        if _is_here(self, input.device):
-            bias = None if self.bias is None else self.bias.to(input.dtype)
-            return torch.nn.functional.linear(input, dense(self.weight, input.dtype), bias)
-        return self.forward_comfy_cast_weights(input)
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        if self.weight_function or self.bias_function or _bytes(weight).device != input.device:
+            return self.forward_comfy_cast_weights(input)
+        return _linear(input, weight, bias)
 
     def forward_comfy_cast_weights(self, input: torch.Tensor) -> torch.Tensor:
         weight, bias, stream = compat.cast_weights(self, _cast_dtype(self, input), input.dtype, input.device)
-        result = torch.nn.functional.linear(input, dense(weight, input.dtype), bias)
+        result = _linear(input, weight, bias)
         compat.release_weights(self, weight, bias, stream)
         return result
+
+
+def _bytes(weight: Any) -> torch.Tensor:
+    """What lies in memory: the blocks of a quantised weight, or the plain weight."""
+    return weight._qdata if isinstance(weight, QuantizedTensor) else weight
+
+
+def _linear(input: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
+    if bias is not None and bias.dtype != input.dtype:
+        bias = bias.to(input.dtype)
+    if not is_gguf(weight):
+        weight = weight if weight.dtype == input.dtype else weight.to(input.dtype)
+        return torch.nn.functional.linear(input, weight, bias)
+    if torch.compiler.is_compiling():  # the layout's handler answers with operators that can be traced
+        return torch.nn.functional.linear(input, weight, bias)
+    params = weight._params
+    return dispatch.linear(input, weight._qdata, params.ggml_type, params.orig_shape, bias)
 
 
 class MappedConv(MappedLayer):

@@ -1,18 +1,57 @@
-"""Which implementation turns quantised bytes into a tensor, decided once per device type, with the reason kept.
+"""Which implementation turns quantised bytes into a tensor: decided once, the reason kept.
 
-Every caller goes through `dequantize` here; nobody else imports a kernel. The plain-torch reference is the
-specification and the fallback on every device.
+    device with a working Triton (CUDA, ROCm, XPU)   the kernels of `kernels/`
+    every other device                               the plain-torch reference, which is also the specification
+
+Both give the same bits. A kernel that does not compile or launch is given up for its type on that kind of device,
+with the reason, and the reference takes over: slower, never wrong. `choices()` says what was decided and why.
+
+Layers call `dequantize`. What is traced (`torch.compile`) or reached through tensor dispatch goes through the
+registered operator `torch.ops.sluice.dequantize`, which is opaque to the compiler; calling it costs microseconds
+that an eager layer saves by not doing so.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+from collections.abc import Callable, Sequence
+
 import torch
 
-from ..gguf.types import GGMLType
+from ..gguf.types import PLAIN, GGMLType
 from . import reference
 
+log = logging.getLogger("sluice.quant")
 
-def dequantize(data: torch.Tensor, ggml_type: GGMLType, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+Dequantizer = Callable[[torch.Tensor, GGMLType, Sequence[int], torch.dtype], torch.Tensor]
+
+TRITON_DEVICES = frozenset({"cuda", "xpu"})  # ROCm calls itself cuda
+
+_chosen: dict[str, tuple[Dequantizer, str]] = {}  # kind of device -> implementation and the reason for it
+_failures: dict[tuple[str, GGMLType], str] = {}  # kind of device and type whose kernel does not work -> why
+
+
+def _choose(kind: str) -> tuple[Dequantizer, str]:
+    if kind not in TRITON_DEVICES:
+        return reference.dequantize, f"torch: there are no kernels for {kind}"
+    if importlib.util.find_spec("triton") is None:
+        return reference.dequantize, "torch: Triton is not installed (on Windows: pip install triton-windows)"
+    try:
+        from .kernels import launch
+    except Exception as error:  # a broken Triton raises anything, and models must load all the same
+        return reference.dequantize, f"torch: Triton does not work here ({type(error).__name__}: {error})"
+    return launch.dequantize, "triton"
+
+
+def _implementation(kind: str) -> Dequantizer:
+    if kind not in _chosen:
+        _chosen[kind] = _choose(kind)
+        log.info("dequantising on %s with %s", kind, _chosen[kind][1])
+    return _chosen[kind][0]
+
+
+def dequantize(data: torch.Tensor, ggml_type: GGMLType, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """Return the tensor of `shape` and `dtype` that the uint8 `data` encodes, on `data`'s device.
 
     Computed in float32 and rounded once to `dtype`.
@@ -20,7 +59,25 @@ def dequantize(data: torch.Tensor, ggml_type: GGMLType, shape: tuple[int, ...], 
     Raises:
         ValueError: the byte count does not fit `shape`, or the type has no dequantiser.
     """
-    return reference.dequantize(data, ggml_type, shape, dtype)
+    kind = data.device.type
+    chosen = _implementation(kind)
+    if chosen is reference.dequantize or ggml_type in PLAIN or (kind, ggml_type) in _failures:
+        return reference.dequantize(data, ggml_type, shape, dtype)
+    try:
+        return chosen(data, ggml_type, shape, dtype)
+    except (ValueError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        _failures[kind, ggml_type] = f"{type(error).__name__}: {error}"
+        log.warning("the %s kernel does not work on %s, torch takes over: %s", ggml_type.name, data.device, error)
+        return reference.dequantize(data, ggml_type, shape, dtype)
+
+
+def linear(
+    x: torch.Tensor, data: torch.Tensor, ggml_type: GGMLType, shape: Sequence[int], bias: torch.Tensor | None
+) -> torch.Tensor:
+    """`x W^T + bias` for the weight W of `shape` (rows, columns) that `data` encodes, in the dtype of `x`."""
+    return torch.nn.functional.linear(x, dequantize(data, ggml_type, shape, x.dtype), bias)
 
 
 def dequantize_rows(
@@ -31,3 +88,20 @@ def dequantize_rows(
     Returns a tensor of shape `rows.shape + (row_elements,)` on `data`'s device.
     """
     return reference.dequantize_rows(data, ggml_type, row_elements, rows, dtype)
+
+
+def choices() -> dict[str, str]:
+    """What was decided so far: kind of device, or kind of device and type, to implementation and reason."""
+    decided = {kind: why for kind, (_, why) in _chosen.items()}
+    return decided | {f"{kind} {t.name}": f"torch: its kernel failed: {why}" for (kind, t), why in _failures.items()}
+
+
+@torch.library.custom_op("sluice::dequantize", mutates_args=())
+def dequantize_op(data: torch.Tensor, ggml_type: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """`dequantize` as an operator of torch, for whatever traces."""
+    return dequantize(data, GGMLType(ggml_type), shape, dtype)
+
+
+@dequantize_op.register_fake
+def _(data: torch.Tensor, ggml_type: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    return data.new_empty(shape, dtype=dtype)

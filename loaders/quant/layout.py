@@ -21,7 +21,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedLayout, QuantizedTensor, register_layout_class, register_layout_op
 
 from ..gguf.types import BLOCKS, GGMLType
-from .dispatch import dequantize
+from .dispatch import dequantize_op
 
 LAYOUT = "SluiceGGUFLayout"
 
@@ -75,7 +75,7 @@ class GGUFLayout(QuantizedLayout):
     def dequantize(cls, qdata: torch.Tensor, params: GGUFParams) -> torch.Tensor:
         # The host transposes the result itself when `transposed` is set, and expects the stored shape here.
         shape = params.orig_shape[::-1] if params.transposed else params.orig_shape
-        return dequantize(qdata, params.ggml_type, shape, params.orig_dtype)
+        return dequantize_op(qdata, params.ggml_type, shape, params.orig_dtype)
 
     @classmethod
     def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[torch.Tensor, ...]:
@@ -121,8 +121,8 @@ def dense(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return tensor.to(dtype)
     params = tensor._params
     if params.transposed:
-        return dequantize(tensor._qdata, params.ggml_type, params.orig_shape[::-1], dtype).t()
-    return dequantize(tensor._qdata, params.ggml_type, params.orig_shape, dtype)
+        return dequantize_op(tensor._qdata, params.ggml_type, params.orig_shape[::-1], dtype).t()
+    return dequantize_op(tensor._qdata, params.ggml_type, params.orig_shape, dtype)
 
 
 def rows_of(tensor: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:

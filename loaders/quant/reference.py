@@ -18,7 +18,7 @@ H200, where launches bind, 2^22, 2^24 and 2^26 elements gave 55, 146 and 170 GB/
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 
 import torch
@@ -46,7 +46,7 @@ ALIGNMENT = 8  # the widest word that a dequantiser or a plain type views
 
 
 def dequantize(
-    data: torch.Tensor, ggml_type: GGMLType, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+    data: torch.Tensor, ggml_type: GGMLType, shape: Sequence[int], dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """Make a tensor of `shape` and `dtype` from the bytes of one in `ggml_type`.
 

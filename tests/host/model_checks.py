@@ -85,9 +85,14 @@ def dynamic_vram(granted: bool) -> None:
     comfy_aimdo.model_vbar.vbar_unpin = lambda page: None
     comfy_aimdo.host_buffer.HostBuffer = NoHostBuffer
     comfy_aimdo.torch.aimdo_to_tensor = lambda page, device: page[0].memory[page[1]]
-    # A device that is not the CPU: the host compares it with where the weight lies, and "cpu" the text differs.
-    is_here = pack.loaders.ops._is_here
-    pack.loaders.ops._is_here = lambda layer, device: not hasattr(layer, "_v") and is_here(layer, device)
+    # A device that is not the CPU: layers whose weights are paged take the way of weights that lie elsewhere, and the
+    # host compares the device with where the weight lies, from which "cpu" the text differs.
+    forward = pack.loaders.ops.MappedLinear.forward
+
+    def forward_from_elsewhere(layer, x):
+        return layer.forward_comfy_cast_weights(x) if hasattr(layer, "_v") else forward(layer, x)
+
+    pack.loaders.ops.MappedLinear.forward = forward_from_elsewhere
     cast = comfy.ops.cast_bias_weight
 
     def cast_from_elsewhere(layer, *args, device, **kwargs):
