@@ -1,0 +1,253 @@
+"""The figure that matters: one sampling step of a FLUX-shaped model, GGUF against bf16, in a real ComfyUI on a GPU.
+
+    python benchmarks/flux_step.py --work DIR --out results/flux_step.json [--rounds 2] [--free 0] [CASE ...]
+
+A case is FILE:LOADER:DYNAMIC, such as bf16:native:1 (core's loader, dynamic VRAM) or q4_k:sluice:0 (the pack's node,
+classic patcher); FILE is bf16, fp8, q8_0 or q4_k. Every run is a process of its own, the cases take turns (A B A B),
+and each measures 1024 x 1024 and 256 x 256 pixels. `--free GB` leaves that much VRAM to the model, by an allocation
+outside torch.
+
+The checkpoints (11.9 B parameters, FLUX.1-dev's shapes) are written to DIR when they are missing: 26 GB of RAM and
+up to 57 GB of disk. Their values are random with finite scales; the GGUF files are not the bf16 weights quantised,
+which no timing depends on. PYTHONPATH must hold ComfyUI and its packages; `dev.py bench` sees to that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+PACK = Path(__file__).resolve().parents[1]
+DEFAULT_CASES = ("bf16:native:1", "q8_0:sluice:0", "q4_k:sluice:0", "q8_0:sluice:1", "q4_k:sluice:1")
+LATENT_SIDES = (128, 32)  # an eighth of the picture's: 1024 and 256 pixels
+STEPS = 8
+
+
+def make_checkpoints(folder: Path, kinds: set[str]) -> None:
+    """Write what is missing of the FLUX-shaped checkpoints. Runs in a process of its own, on the GPU."""
+    sys.argv = sys.argv[:1]
+    import comfy.ops
+    import gguf
+    import numpy as np
+    import torch
+    from comfy.ldm.flux.model import Flux
+    from safetensors.torch import save_file
+
+    with torch.device("meta"):
+        network = Flux(
+            image_model="flux", in_channels=16, out_channels=16, patch_size=2, vec_in_dim=768, context_in_dim=4096,
+            hidden_size=3072, mlp_ratio=4.0, num_heads=24, depth=19, depth_single_blocks=38, axes_dim=[16, 56, 56],
+            theta=10000, txt_ids_dims=[], qkv_bias=True, guidance_embed=True, dtype=torch.bfloat16,
+            operations=comfy.ops.disable_weight_init,
+        )  # fmt: skip
+    torch.manual_seed(0)
+
+    def values(shape: torch.Size) -> torch.Tensor:
+        if len(shape) < 2:
+            return torch.full(shape, 0.5, dtype=torch.bfloat16)
+        return (torch.randn(shape, device="cuda", dtype=torch.bfloat16) * (0.6 / shape[-1] ** 0.5)).cpu()
+
+    weights = {key: values(meta.shape) for key, meta in network.state_dict().items()}
+    if "bf16" in kinds:
+        save_file(weights, folder / "flux_bf16.safetensors")
+    if "fp8" in kinds:
+        save_file(
+            {k: w.to(torch.float8_e4m3fn) if w.dim() == 2 else w for k, w in weights.items()},
+            folder / "flux_fp8.safetensors",
+        )
+    scale = np.full(1, 0.0004, np.float16).view(np.uint8)
+    for name, scales in (("Q8_0", 1), ("Q4_K", 2)):
+        if name.lower() not in kinds:
+            continue
+        kind = gguf.GGMLQuantizationType[name]
+        elements, size = gguf.GGML_QUANT_SIZES[kind]
+        writer, rng = gguf.GGUFWriter(str(folder / f"flux_{name.lower()}.gguf"), "flux"), np.random.default_rng(0)
+        for key, weight in weights.items():
+            if weight.dim() == 2 and weight.numel() >= 65536 and weight.shape[-1] % elements == 0:
+                blocks = rng.integers(0, 256, (weight.numel() // elements, size), dtype=np.uint8)
+                blocks[:, : 2 * scales] = np.tile(scale, scales)  # d, and dmin where the type has one
+                writer.add_tensor(key, blocks.reshape(weight.shape[0], -1), raw_dtype=kind)
+            else:
+                writer.add_tensor(key, weight.float().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def checkpoint(folder: Path, kind: str) -> Path:
+    return folder / f"flux_{kind}.{'gguf' if kind.startswith('q') else 'safetensors'}"
+
+
+def worker(path: Path, loader: str, dynamic: bool, free_gb: float) -> dict:
+    """Load one checkpoint and time sampling steps; the host is set up as its main.py does."""
+    sys.argv = ["main.py"] if dynamic else ["main.py", "--disable-dynamic-vram"]
+    try:
+        import av  # noqa: F401
+    except ImportError:  # video files only; machines without it can still sample
+        from unittest.mock import MagicMock
+
+        for name in ("av", "av.container", "av.subtitles", "av.subtitles.stream", "av.video", "av.video.reformatter"):
+            sys.modules[name] = MagicMock()
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import comfy_aimdo.control
+    from comfy.cli_args import enables_dynamic_vram
+
+    if enables_dynamic_vram():
+        comfy_aimdo.control.init(simple_vram_headroom=None)
+    import comfy.memory_management
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.sample
+    import comfy.sd
+    import torch
+
+    if dynamic:
+        devices = ((d.index, 0) for d in comfy.model_management.get_all_torch_devices())
+        assert comfy_aimdo.control.init_devices(devices), "aimdo did not start"
+        comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
+        comfy.memory_management.aimdo_enabled = True
+    load = comfy.sd.load_diffusion_model if loader == "native" else pack_loader(loader, path)
+    if free_gb:
+        available, _ = torch.cuda.mem_get_info()
+        ballast = ctypes.c_void_p()
+        runtime = ctypes.CDLL(f"libcudart.so.{torch.version.cuda.split('.')[0]}")
+        assert runtime.cudaMalloc(ctypes.byref(ballast), ctypes.c_size_t(int(available - free_gb * 1e9))) == 0
+    start = time.perf_counter()
+    model = load(str(path))
+    result: dict = {"load_s": time.perf_counter() - start}
+    torch.cuda.reset_peak_memory_stats()
+    for side in LATENT_SIDES:
+        for run in (1, 2):
+            first, step, image = sample(comfy.sample, torch, model, side)
+            assert bool(image.isfinite().all())
+            result[f"{side * 8}px"] = {"first_s": first, "step_ms": step} if run == 2 else {}
+            result.setdefault(f"{side * 8}px_cold_first_s", first)
+    result["peak_reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
+    result["peak_allocated_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    if loader != "native":
+        for name, module in sys.modules.items():
+            if name.endswith("loaders.quant.dispatch"):
+                result["dequantisation"] = module.choices()
+    return result
+
+
+def pack_loader(loader: str, path: Path):
+    """The loader node of a pack, found and called as the host does; `sluice`, or NODE@FOLDER for another pack."""
+    import asyncio
+
+    import folder_paths
+
+    import nodes
+
+    node_id, _, folder = loader.partition("@")
+    if loader == "sluice":
+        node_id, folder = "SluiceDiffusionModelLoader", str(PACK)
+    for kind in ("diffusion_models", "unet_gguf", "unet"):
+        folder_paths.add_model_folder_path(kind, str(path.parent))
+        if loader != "sluice":  # the pack under test has its own list; others widen the host's folders
+            folder_paths.folder_names_and_paths.get(kind, (0, set()))[1].add(".gguf")
+    assert asyncio.run(nodes.load_custom_node(folder)), f"{folder} does not load"
+    node = nodes.NODE_CLASS_MAPPINGS[node_id]
+    if hasattr(node, "execute"):
+        return lambda file: node.execute(model_name=Path(file).name).args[0]
+    return lambda file: getattr(node(), node.FUNCTION)(Path(file).name)[0]
+
+
+def sample(comfy_sample, torch, model, side: int) -> tuple[float, float, object]:
+    """Seconds to the end of the first step, median milliseconds of the later ones, and the latent."""
+    torch.manual_seed(0)
+    noise = torch.randn(1, 16, side, side)
+    condition = [[torch.randn(1, 256, 4096) * 0.1, {"pooled_output": torch.randn(1, 768) * 0.1, "guidance": 3.5}]]
+    stamps: list[float] = []
+
+    def on_step(*_: object) -> None:
+        torch.cuda.synchronize()
+        stamps.append(time.perf_counter())
+
+    start = time.perf_counter()
+    image = comfy_sample.sample(
+        model, noise, STEPS, 1.0, "euler", "simple", condition, condition, torch.zeros_like(noise),
+        callback=on_step, disable_pbar=True, seed=1,
+    )  # fmt: skip
+    return stamps[0] - start, median(b - a for a, b in itertools.pairwise(stamps)) * 1e3, image
+
+
+def hardware() -> str:
+    import torch
+
+    gpu = torch.cuda.get_device_name()
+    return f"{gpu}, torch {torch.__version__}, {os.cpu_count()} CPU cores ({platform.machine()})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", default=DEFAULT_CASES)
+    parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoints")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--free", type=float, default=0, help="GB of VRAM to leave; 0 leaves all")
+    parser.add_argument("--role", choices=("worker", "make"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.role == "make":
+        return make_checkpoints(args.work, set(args.cases))
+    if args.role == "worker":
+        kind, loader, dynamic = args.cases[0].split(":")
+        result = worker(checkpoint(args.work, kind), loader, dynamic == "1", args.free)
+        args.out.write_text(json.dumps(result), encoding="utf-8")
+        return None
+    args.work.mkdir(parents=True, exist_ok=True)
+    missing = {case.split(":")[0] for case in args.cases if not checkpoint(args.work, case.split(":")[0]).exists()}
+    if missing:
+        run_self(["--role", "make", "--work", str(args.work), "--out", "-", *missing])
+    results: dict[str, list[dict]] = {case: [] for case in args.cases}
+    for turn in range(args.rounds):
+        for case in args.cases:
+            answer = args.work / "answer.json"
+            answer.unlink(missing_ok=True)
+            command = [
+                "--role",
+                "worker",
+                "--work",
+                str(args.work),
+                "--out",
+                str(answer),
+                "--free",
+                str(args.free),
+                case,
+            ]
+            done = run_self(command, check=False)
+            if not answer.exists():
+                print(f"{case}: failed\n{done.stderr[-3000:]}", flush=True)
+                continue
+            result = json.loads(answer.read_text(encoding="utf-8"))
+            results[case].append(result)
+            steps = "  ".join(f"{s * 8}px {result[f'{s * 8}px']['step_ms']:7.1f} ms" for s in LATENT_SIDES)
+            print(
+                f"round {turn} {case:40} load {result['load_s']:5.2f} s  first {result['1024px_cold_first_s']:5.2f} s  "
+                f"{steps}  peak {result['peak_reserved_gb']:5.2f} GB  {result.get('dequantisation', '')}",
+                flush=True,
+            )
+    report = {"hardware": hardware(), "free_gb": args.free, "command": " ".join(sys.argv), "results": results}
+    args.out.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    return None
+
+
+def run_self(arguments: list[str], check: bool = True) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(Path(__file__).resolve()), *arguments]
+    return subprocess.run(command, check=check, capture_output=not check, text=True)
+
+
+if __name__ == "__main__":
+    main()
