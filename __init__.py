@@ -1,4 +1,4 @@
-"""ComfyUI-Sluice: GGUF models at the speed of unquantised weights, and models larger than VRAM streamed."""
+"""ComfyUI-Sluice: GGUF diffusion models, loaded without a copy in RAM and dequantised at memory speed."""
 
 from comfy_api.latest import ComfyExtension, io
 

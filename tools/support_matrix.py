@@ -31,7 +31,11 @@ def kernel_types() -> set[str]:
     if not KERNELS.exists():
         return set()
     for node in ast.walk(ast.parse(KERNELS.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "KERNELS" and isinstance(node.value, ast.Dict):
+        if (
+            isinstance(node, ast.AnnAssign)
+            and ast.unparse(node.target) == "KERNELS"
+            and isinstance(node.value, ast.Dict)
+        ):
             return {key.attr for key in node.value.keys if isinstance(key, ast.Attribute)}
     raise ValueError(f"{KERNELS} has no table KERNELS")
 
@@ -85,9 +89,9 @@ def matrix() -> str:
         ["**Quant types.** One file may mix them."],
         quant_types(),
         [
-            "**Architectures.** ComfyUI itself detects the model, so others may load too. For these a test compares, on the",
-            "CPU, the latent from a GGUF file with the latent from the same weights in a safetensors file that ComfyUI",
-            "loads: in float32 they are equal bit for bit.",
+            "**Architectures.** ComfyUI itself detects the model, so others may load too. For these a test compares,",
+            "on the CPU, the latent from a GGUF file with the latent from the same weights in a safetensors file that",
+            "ComfyUI loads: in float32 they are equal bit for bit.",
         ],
         architectures(),
     )
