@@ -30,6 +30,11 @@ def attach_file_slice(tensor: torch.Tensor, handle: Any, lock: Any, offset: int)
     tensor.untyped_storage()._comfy_tensor_file_slice = located  # type: ignore[attr-defined]
 
 
+def set_model_dtype(layer: torch.nn.Module, name: str, dtype: torch.dtype) -> None:
+    """Tell the dynamic patcher what to cast the layer's plain parameter `name` to while it transfers it."""
+    setattr(layer, f"{name}_comfy_model_dtype", dtype)
+
+
 def pick_operations(storage_dtype: torch.dtype, manual_cast_dtype: torch.dtype | None) -> type:
     """The host's layer classes for unquantised weights: casting at each use only where the dtypes differ."""
     return comfy.ops.pick_operations(storage_dtype, manual_cast_dtype)

@@ -71,7 +71,9 @@ class MappedLayer(torch.nn.Module):
                     if is_gguf(given)
                     else given.view(declared.shape)
                 )
-            if name == "weight" and not is_gguf(given) and given.dtype != self.compute_dtype:
+            if name == "bias":
+                given = given.to(self.compute_dtype)  # small; cast once here instead of at every call
+            elif not is_gguf(given) and given.dtype != self.compute_dtype:
                 # Some models cast their input to `weight.dtype` (CogVideoX, Hunyuan3D), which must not be the file's.
                 plain = TYPES[given.dtype]
                 given = quantized(given.reshape(-1).view(torch.uint8), plain, tuple(given.shape))
@@ -79,8 +81,7 @@ class MappedLayer(torch.nn.Module):
                 given = with_params(given, orig_dtype=self.compute_dtype)
             parameter = torch.nn.Parameter(given, requires_grad=False)
             self._parameters[name] = self._home[name] = parameter
-            # The dynamic patcher casts a plain weight to this while it transfers it.
-            setattr(self, f"{name}_comfy_model_dtype", self.compute_dtype)
+            compat.set_model_dtype(self, name, self.compute_dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """`Module.to` and friends. Quantised parameters are wrapped anew, mapped ones go home without a copy."""
