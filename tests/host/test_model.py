@@ -18,7 +18,13 @@ from safetensors.numpy import save_file
 SCRIPT = Path(__file__).with_name("model_checks.py")
 CHECKS = re.findall(r"^def check_(\w+)", SCRIPT.read_text(encoding="utf-8"), re.MULTILINE)
 # The dynamic patcher of older hosts has other seams than the stand-in allocator covers.
-RUNS = [(version, "classic") for version in HOSTS] + [(MAIN_HOST, "granted"), (MAIN_HOST, "refused")]
+RUNS = [
+    *((version, "classic") for version in HOSTS),
+    (MAIN_HOST, "granted"),
+    (MAIN_HOST, "refused"),
+    pytest.param(MAIN_HOST, "gpu-classic", marks=pytest.mark.cuda),
+    pytest.param(MAIN_HOST, "gpu-dynamic", marks=pytest.mark.cuda),
+]
 
 
 @pytest.fixture(scope="session")
