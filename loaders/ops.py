@@ -19,6 +19,7 @@ from . import compat
 from .quant import dispatch
 from .quant.layout import dense, is_gguf, quantized, with_params
 from .quant.reference import PLAIN_DTYPES
+from .quant.scratch import Scratch
 
 TYPES = {dtype: plain for plain, dtype in PLAIN_DTYPES.items()}
 
@@ -27,10 +28,11 @@ class MappedLayer(torch.nn.Module):
     """What every weight-bearing layer shares; mixed in before the host's layer class.
 
     The host's constructor runs on the meta device, so it declares shapes and allocates nothing; the state dict then
-    assigns. `compute_dtype` is set by `make_ops` on the class made for one model.
+    assigns. `compute_dtype` and `scratch` are set by `make_ops` on the class made for one model.
     """
 
     compute_dtype: torch.dtype
+    scratch: Scratch
     weight: torch.nn.Parameter
     bias: torch.nn.Parameter | None
     weight_function: list
@@ -151,30 +153,29 @@ class MappedLinear(MappedLayer):
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         if self.weight_function or self.bias_function or _bytes(weight).device != input.device:
             return self.forward_comfy_cast_weights(input)
-        return _linear(input, weight, bias)
+        return self._product(input, weight, bias)
 
     def forward_comfy_cast_weights(self, input: torch.Tensor) -> torch.Tensor:
         weight, bias, stream = compat.cast_weights(self, _cast_dtype(self, input), input.dtype, input.device)
-        result = _linear(input, weight, bias)
+        result = self._product(input, weight, bias)
         compat.release_weights(self, weight, bias, stream)
         return result
+
+    def _product(self, input: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
+        if bias is not None and bias.dtype != input.dtype:
+            bias = bias.to(input.dtype)
+        if not is_gguf(weight):
+            weight = weight if weight.dtype == input.dtype else weight.to(input.dtype)
+            return torch.nn.functional.linear(input, weight, bias)
+        if torch.compiler.is_compiling():  # the layout's handler answers with operators that can be traced
+            return torch.nn.functional.linear(input, weight, bias)
+        params = weight._params
+        return dispatch.linear(input, weight._qdata, params.ggml_type, params.orig_shape, bias, self.scratch)
 
 
 def _bytes(weight: Any) -> torch.Tensor:
     """What lies in memory: the blocks of a quantised weight, or the plain weight."""
     return weight._qdata if isinstance(weight, QuantizedTensor) else weight
-
-
-def _linear(input: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
-    if bias is not None and bias.dtype != input.dtype:
-        bias = bias.to(input.dtype)
-    if not is_gguf(weight):
-        weight = weight if weight.dtype == input.dtype else weight.to(input.dtype)
-        return torch.nn.functional.linear(input, weight, bias)
-    if torch.compiler.is_compiling():  # the layout's handler answers with operators that can be traced
-        return torch.nn.functional.linear(input, weight, bias)
-    params = weight._params
-    return dispatch.linear(input, weight._qdata, params.ggml_type, params.orig_shape, bias)
 
 
 class MappedConv(MappedLayer):
@@ -231,7 +232,7 @@ def make_ops(storage_dtype: torch.dtype, manual_cast_dtype: torch.dtype | None) 
         manual_cast_dtype: what it computes in where that differs, else None.
     """
     base = compat.pick_operations(storage_dtype, manual_cast_dtype)
-    dtype = manual_cast_dtype or storage_dtype
+    dtype, scratch = manual_cast_dtype or storage_dtype, Scratch()
     mixins = {
         "Linear": MappedLinear,
         "Conv1d": MappedConv,
@@ -241,6 +242,7 @@ def make_ops(storage_dtype: torch.dtype, manual_cast_dtype: torch.dtype | None) 
         **dict.fromkeys(("LayerNorm", "RMSNorm", "GroupNorm", "ConvTranspose1d", "ConvTranspose2d"), DenseLayer),
     }
     layers = {
-        name: type(name, (mixin, getattr(base, name)), {"compute_dtype": dtype}) for name, mixin in mixins.items()
+        name: type(name, (mixin, getattr(base, name)), {"compute_dtype": dtype, "scratch": scratch})
+        for name, mixin in mixins.items()
     }
     return type("SluiceOps", (base,), layers)

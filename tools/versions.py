@@ -69,6 +69,8 @@ DEV_TOOLS = (
     "pytest==9.2.0",
     "pytest-timeout==2.4.0",
     "hypothesis==6.168.5",
+    # The kernels' arithmetic is tested in its interpreter. Not pinned: a torch with CUDA brings its own.
+    "triton>=3.4; sys_platform == 'linux' and platform_machine == 'x86_64'",
 )
 
 # What an existing ComfyUI's interpreter must be able to import, by command.

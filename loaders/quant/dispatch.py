@@ -21,6 +21,7 @@ import torch
 
 from ..gguf.types import PLAIN, GGMLType
 from . import reference
+from .scratch import Scratch
 
 log = logging.getLogger("sluice.quant")
 
@@ -74,10 +75,19 @@ def dequantize(data: torch.Tensor, ggml_type: GGMLType, shape: Sequence[int], dt
 
 
 def linear(
-    x: torch.Tensor, data: torch.Tensor, ggml_type: GGMLType, shape: Sequence[int], bias: torch.Tensor | None
+    x: torch.Tensor,
+    data: torch.Tensor,
+    ggml_type: GGMLType,
+    shape: Sequence[int],
+    bias: torch.Tensor | None,
+    scratch: Scratch,
 ) -> torch.Tensor:
     """`x W^T + bias` for the weight W of `shape` (rows, columns) that `data` encodes, in the dtype of `x`."""
-    return torch.nn.functional.linear(x, dequantize(data, ggml_type, shape, x.dtype), bias)
+    if data.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad):
+        weight = reference.dequantize(data, ggml_type, shape, x.dtype, out=scratch.take(shape, x.dtype))
+    else:
+        weight = dequantize(data, ggml_type, shape, x.dtype)
+    return torch.nn.functional.linear(x, weight, bias)
 
 
 def dequantize_rows(

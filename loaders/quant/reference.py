@@ -46,7 +46,11 @@ ALIGNMENT = 8  # the widest word that a dequantiser or a plain type views
 
 
 def dequantize(
-    data: torch.Tensor, ggml_type: GGMLType, shape: Sequence[int], dtype: torch.dtype = torch.float32
+    data: torch.Tensor,
+    ggml_type: GGMLType,
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Make a tensor of `shape` and `dtype` from the bytes of one in `ggml_type`.
 
@@ -54,9 +58,10 @@ def dequantize(
         data: uint8 of any shape on any device, read only; its blocks are taken in memory order.
         shape: any shape with as many elements; rows need not be whole blocks (`comfy.gguf.orig_shape`).
         dtype: a floating-point type; a plain type converts to any dtype that torch converts it to.
+        out: contiguous, of `shape` and `dtype`, on the device of `data`: filled and returned.
 
     Returns:
-        A new contiguous tensor on the device of `data`.
+        A contiguous tensor on the device of `data`, a new one without `out`.
 
     Raises:
         ValueError: the type has no reference, or the bytes are not those of `shape`.
@@ -70,9 +75,10 @@ def dequantize(
             f"take {elements / layout.elements:g} blocks of {layout.nbytes} bytes. "
             "Either the shape is not this tensor's or its data is cut short."
         )
-    out = torch.empty(elements, dtype=dtype, device=data.device)
-    _fill(out, data.reshape(-1), ggml_type, layout)
-    return out.view(shape)
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=data.device)
+    _fill(out.view(-1), data.reshape(-1), ggml_type, layout)
+    return out
 
 
 def dequantize_rows(
