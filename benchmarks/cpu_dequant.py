@@ -11,16 +11,20 @@ computes in on a CPU) and bfloat16. GB/s are bytes written, 10^9; the ratio is o
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import json
 import os
 import platform
 import sys
 import time
 import types
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
+import gguf
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +50,15 @@ def blocks_of(ggml_type: GGMLType) -> torch.Tensor:
     return data
 
 
-def seconds(call) -> float:
+def ours(data: torch.Tensor, ggml_type: GGMLType, dtype: torch.dtype, scratch: Scratch) -> None:
+    reference.dequantize(data, ggml_type, SHAPE, dtype, out=scratch.take(SHAPE, dtype))
+
+
+def theirs(module: Any, data: torch.Tensor, name: str, dtype: torch.dtype) -> None:
+    module.dequantize(data, gguf.GGMLQuantizationType[name], SHAPE, dtype=None).to(dtype)
+
+
+def seconds(call: Callable[[], None]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
@@ -66,26 +78,18 @@ def main() -> None:
     parser.add_argument("--types", nargs="*", default=[t.name for t in sorted(QUANTISED)])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    other = None
+    other: Any = None
     if args.city96:
-        spec = importlib.util.spec_from_file_location("city96_dequant", args.city96 / "dequant.py")
-        other = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(other)
-        import gguf
+        sys.path.insert(0, str(args.city96))
+        other = importlib.import_module("dequant")
     rows = []
     for name in args.types:
         ggml_type = GGMLType[name]
         data = blocks_of(ggml_type)
         for dtype in (torch.float32, torch.bfloat16):
-            scratch = Scratch()
-
-            def pack(d=data, t=ggml_type, dt=dtype, s=scratch) -> None:
-                reference.dequantize(d, t, SHAPE, dt, out=s.take(SHAPE, dt))
-
-            sides = {"pack": pack}
+            sides = {"pack": partial(ours, data, ggml_type, dtype, Scratch())}
             if other is not None:
-                kind = gguf.GGMLQuantizationType[name]
-                sides["city96"] = lambda d=data, k=kind, dt=dtype: other.dequantize(d, k, SHAPE, dtype=None).to(dt)
+                sides["city96"] = partial(theirs, other, data, name, dtype)
             times: dict[str, list[float]] = {side: [] for side in sides}
             for turn in range(ROUNDS + 1):
                 for side, call in sides.items():

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib
 import itertools
 import json
 import os
@@ -25,6 +26,7 @@ import sys
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 PACK = Path(__file__).resolve().parents[1]
 DEFAULT_CASES = ("bf16:native:1", "q8_0:sluice:0", "q4_k:sluice:0", "q8_0:sluice:1", "q4_k:sluice:1")
@@ -122,7 +124,7 @@ def worker(path: Path, loader: str, dynamic: bool, free_gb: float) -> dict:
     if free_gb:
         available, _ = torch.cuda.mem_get_info()
         ballast = ctypes.c_void_p()
-        runtime = ctypes.CDLL(f"libcudart.so.{torch.version.cuda.split('.')[0]}")
+        runtime = ctypes.CDLL(f"libcudart.so.{str(torch.version.cuda).split('.')[0]}")
         assert runtime.cudaMalloc(ctypes.byref(ballast), ctypes.c_size_t(int(available - free_gb * 1e9))) == 0
     start = time.perf_counter()
     model = load(str(path))
@@ -149,7 +151,7 @@ def pack_loader(loader: str, path: Path):
 
     import folder_paths
 
-    import nodes
+    host_nodes = importlib.import_module("nodes")  # the host's, not the pack's
 
     node_id, _, folder = loader.partition("@")
     if loader == "sluice":
@@ -158,14 +160,14 @@ def pack_loader(loader: str, path: Path):
         folder_paths.add_model_folder_path(kind, str(path.parent))
         if loader != "sluice":  # the pack under test has its own list; others widen the host's folders
             folder_paths.folder_names_and_paths.get(kind, (0, set()))[1].add(".gguf")
-    assert asyncio.run(nodes.load_custom_node(folder)), f"{folder} does not load"
-    node = nodes.NODE_CLASS_MAPPINGS[node_id]
+    assert asyncio.run(host_nodes.load_custom_node(folder)), f"{folder} does not load"
+    node = host_nodes.NODE_CLASS_MAPPINGS[node_id]
     if hasattr(node, "execute"):
         return lambda file: node.execute(model_name=Path(file).name).args[0]
     return lambda file: getattr(node(), node.FUNCTION)(Path(file).name)[0]
 
 
-def sample(comfy_sample, torch, model, side: int) -> tuple[float, float, object]:
+def sample(comfy_sample, torch, model, side: int) -> tuple[float, float, Any]:
     """Seconds to the end of the first step, median milliseconds of the later ones, and the latent."""
     torch.manual_seed(0)
     noise = torch.randn(1, 16, side, side)

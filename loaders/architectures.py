@@ -7,45 +7,53 @@ it makes the message right when somebody picks a file that is no diffusion model
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+TEXT_ENCODER, MMPROJ, LORA, VAE = "text encoder", "vision projector of a text encoder (mmproj)", "LoRA", "VAE"
 
 # llama.cpp's names for the language models that serve as text encoders.
-TEXT_ENCODERS = frozenset(
-    {
-        *("t5", "t5encoder", "llama", "llama4", "qwen2", "qwen2vl", "qwen3", "qwen3vl", "qwen3vlmoe", "qwen35"),
-        *("gemma", "gemma2", "gemma3", "gemma3n", "gemma4", "mistral", "mistral3", "ministral", "gpt-oss", "phi3"),
-        *("bert", "clip", "mmproj"),
-    }
+_TEXT_ENCODERS = (
+    *("t5", "t5encoder", "llama", "llama4", "qwen2", "qwen2vl", "qwen3", "qwen3vl", "qwen3vlmoe", "qwen35"),
+    *("gemma", "gemma2", "gemma3", "gemma3n", "gemma4", "mistral", "mistral3", "ministral", "gpt-oss", "phi3", "bert"),
 )
+_ARCHITECTURES = dict.fromkeys(_TEXT_ENCODERS, TEXT_ENCODER) | {"clip": MMPROJ, "mmproj": MMPROJ}
 
-# (how a tensor name begins or contains, what kind of file has such names); the first that matches decides.
+# llama.cpp's `general.type` of what is no model of its own.
+_TYPES = {"adapter": LORA, "mmproj": MMPROJ}
+
+# (how a tensor name begins or, after a dot, what it contains; what kind of file has such names). The first tensor
+# that matches decides, and of several parts the first: a LoRA's names contain those of the model it is for.
 _NAMES: tuple[tuple[str, str], ...] = (
-    ("token_embd.", "text encoder"),
-    ("enc.blk.", "text encoder"),
-    ("blk.0.attn_", "text encoder"),
-    ("text_model.encoder.", "text encoder"),
-    ("v.blk.", "vision projector of a text encoder (mmproj)"),
-    ("lora_unet_", "LoRA"),
-    (".lora_A.", "LoRA"),
-    (".lora_down.", "LoRA"),
-    ("decoder.conv_out.", "VAE"),
-    ("decoder.head.", "VAE"),
+    ("lora_unet_", LORA),
+    ("lora_te", LORA),
+    *((part, LORA) for part in (".lora_A.", ".lora_a", ".lora_up.", ".lora_down.", ".lokr_w", ".hada_w")),
+    ("token_embd.", TEXT_ENCODER),
+    ("enc.blk.", TEXT_ENCODER),
+    ("blk.0.attn_", TEXT_ENCODER),
+    ("text_model.encoder.", TEXT_ENCODER),
+    ("v.blk.", MMPROJ),
+    ("decoder.conv_out.", VAE),
+    ("decoder.head.", VAE),
 )
 
 # What to do with a file of that kind.
 REMEDIES = {
-    "text encoder": "load it with 'Load CLIP (GGUF)' instead, and choose a diffusion model here",
-    "vision projector of a text encoder (mmproj)": "it is found by itself beside its text encoder; choose a diffusion "
-    "model here",
-    "LoRA": "load it with 'Apply LoRA' instead, and choose a diffusion model here",
-    "VAE": "load a VAE with ComfyUI's 'Load VAE', and choose a diffusion model here",
+    TEXT_ENCODER: "load it with 'Load CLIP (GGUF)' instead, and choose a diffusion model here",
+    MMPROJ: "it is found by itself beside its text encoder; choose a diffusion model here",
+    LORA: "load it with 'Apply LoRA' instead, and choose a diffusion model here",
+    VAE: "load a VAE with ComfyUI's 'Load VAE', and choose a diffusion model here",
 }
 
 
-def other_kind(architecture: str | None, names: Iterable[str]) -> str | None:
+def other_kind(metadata: Mapping[str, Any], names: Iterable[str]) -> str | None:
     """What a file is when it is evidently no diffusion model: a key of `REMEDIES`, or None."""
+    stated = metadata.get("general.type")
+    if isinstance(stated, str) and stated in _TYPES:
+        return _TYPES[stated]
     for name in names:
         for part, kind in _NAMES:
             if name.startswith(part) or (part.startswith(".") and part in name):
                 return kind
-    return "text encoder" if architecture in TEXT_ENCODERS else None
+    architecture = metadata.get("general.architecture")
+    return _ARCHITECTURES.get(architecture) if isinstance(architecture, str) else None

@@ -15,7 +15,6 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import comfy.model_detection
 import comfy.model_management
@@ -26,6 +25,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP
 
 from . import architectures, diffusers_names
+from .fit import INCOMPLETE_MODEL, fill_missing, host_builds
 from .gguf.errors import shown
 from .gguf.reader import GGUFError, GGUFFile
 from .ops import make_ops
@@ -35,7 +35,6 @@ from .tensors import state_dict
 log = logging.getLogger("sluice.loaders")
 
 ATTACHMENT = "sluice"
-INCOMPLETE_MODEL = "it is incomplete or was converted wrongly, download or convert it again"
 
 
 @dataclass(frozen=True)
@@ -79,9 +78,14 @@ def load_diffusion_model(
 
 
 def _build(file: GGUFFile, compute_dtype: torch.dtype | None, disable_dynamic: bool) -> ModelPatcher:
+    if not file.tensors:
+        raise GGUFError(file.path, "it holds no tensors", INCOMPLETE_MODEL)
     metadata = {"config": file.metadata["config"]} if "config" in file.metadata else None
-    tensors = _with_host_names(file, metadata)
-    config = _detect(tensors, metadata)
+    with host_builds(file):
+        tensors = _with_host_names(file, metadata)
+        config = comfy.model_detection.model_config_from_unet(tensors, "", metadata=metadata)
+        unet = None if config else comfy.model_detection.model_config_from_diffusers_unet(tensors)
+        config = config or unet
     if config is None:
         raise _not_a_diffusion_model(file)
     device = comfy.model_management.get_torch_device()
@@ -93,22 +97,16 @@ def _build(file: GGUFFile, compute_dtype: torch.dtype | None, disable_dynamic: b
     chosen = compute_dtype is not None
     manual_cast = None if chosen else comfy.model_management.unet_manual_cast(storage, device, supported)
     options = {"dtype": storage, "custom_operations": make_ops(storage, manual_cast)}
-    try:
+    with host_builds(file):
         model = comfy.sd.load_diffusion_model_state_dict(
-            tensors, model_options=options, metadata=metadata, disable_dynamic=disable_dynamic
+            dict(tensors), model_options=options, metadata=metadata, disable_dynamic=disable_dynamic
         )
-    except RuntimeError as error:
-        if "loading state_dict" not in str(error):
-            raise
-        raise GGUFError(file.path, f"its tensors do not fit the model: {error}", INCOMPLETE_MODEL) from error
+        if unet is not None:
+            names = comfy.utils.unet_to_diffusers(unet.unet_config)
+            tensors = {names[name]: tensor for name, tensor in tensors.items() if name in names}
+        fill_missing(file, model.model.diffusion_model, config.process_unet_state_dict(tensors))
     model.model.manual_cast_dtype = manual_cast
-    _fill_missing(file, model.model.diffusion_model)
     return patching_at_use(model)
-
-
-def _detect(tensors: dict[str, torch.Tensor], metadata: dict | None) -> Any:
-    config = comfy.model_detection.model_config_from_unet(tensors, "", metadata=metadata)
-    return config or comfy.model_detection.model_config_from_diffusers_unet(tensors)
 
 
 def _with_host_names(file: GGUFFile, metadata: dict | None) -> dict[str, torch.Tensor]:
@@ -120,13 +118,13 @@ def _with_host_names(file: GGUFFile, metadata: dict | None) -> dict[str, torch.T
         return tensors
     try:
         return diffusers_names.convert(tensors, comfy.model_detection.convert_diffusers_mmdit) or tensors
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # the latter is the host's, where shapes of two parts disagree
         raise GGUFError(file.path, str(error), INCOMPLETE_MODEL) from error
 
 
 def _not_a_diffusion_model(file: GGUFFile) -> GGUFError:
     architecture = file.metadata.get("general.architecture")
-    kind = architectures.other_kind(architecture, file.tensors)
+    kind = architectures.other_kind(file.metadata, file.tensors)
     if kind is not None:
         return GGUFError(file.path, f"this is a {kind}, not a diffusion model", architectures.REMEDIES[kind])
     stated = f"architecture {shown(str(architecture))}" if architecture else "no architecture stated"
@@ -137,30 +135,6 @@ def _not_a_diffusion_model(file: GGUFFile) -> GGUFError:
         f"beginning with {first})",
         "update ComfyUI; if it is up to date, the model is not supported in this form: look for another conversion",
     )
-
-
-def _fill_missing(file: GGUFFile, network: torch.nn.Module) -> None:
-    """Refuse a model whose layers lack weights; a missing bias is zero, as the host has it.
-
-    Such tensors are still on the meta device, where our layers declared them.
-    """
-    missing = [name for name, p in network.named_parameters() if p.is_meta]
-    weights = [name for name in missing if not name.endswith(".bias")]
-    if weights:
-        raise GGUFError(
-            file.path,
-            f"{len(weights)} tensors of the model are not in it, such as {shown(weights[0])}",
-            INCOMPLETE_MODEL,
-        )
-    for name in missing:
-        layer, _, key = name.rpartition(".")
-        parameter = network.get_parameter(name)
-        zeros = torch.zeros(parameter.shape, dtype=parameter.dtype)
-        network.get_submodule(layer).register_parameter(key, torch.nn.Parameter(zeros, requires_grad=False))
-    if missing:
-        log.warning(
-            "%s: %d biases are not in the file and are zero, such as %s", file.path.name, len(missing), missing[0]
-        )
 
 
 def _check_file(file: GGUFFile, patcher: ModelPatcher) -> None:

@@ -41,6 +41,7 @@ class MappedLayer(torch.nn.Module):
     def __init__(self, *args: Any, device: Any = None, **kwargs: Any) -> None:
         self._home: dict[str, torch.nn.Parameter] = {}
         self._away: dict[str, torch.nn.Parameter] = {}
+        self._cast_bias: tuple[torch.Tensor, torch.Tensor] | None = None
         super().__init__(*args, device="meta", **kwargs)
 
     def _load_from_state_dict(
@@ -73,9 +74,7 @@ class MappedLayer(torch.nn.Module):
                     if is_gguf(given)
                     else given.view(declared.shape)
                 )
-            if name == "bias":
-                given = given.to(self.compute_dtype)  # small; cast once here instead of at every call
-            elif not is_gguf(given) and given.dtype != self.compute_dtype:
+            if name == "weight" and not is_gguf(given) and given.dtype != self.compute_dtype:
                 # Some models cast their input to `weight.dtype` (CogVideoX, Hunyuan3D), which must not be the file's.
                 plain = TYPES[given.dtype]
                 given = quantized(given.reshape(-1).view(torch.uint8), plain, tuple(given.shape))
@@ -93,6 +92,8 @@ class MappedLayer(torch.nn.Module):
         for name in ours:
             parameters[name] = None
         super()._apply(fn, recurse)
+        self._cast_bias = None
+        self.scratch.clear()
         for name, parameter in ours.items():
             parameters[name] = parameter if parameter.is_meta else self._moved(name, parameter, fn)
         return self
@@ -163,7 +164,7 @@ class MappedLinear(MappedLayer):
 
     def _product(self, input: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
         if bias is not None and bias.dtype != input.dtype:
-            bias = bias.to(input.dtype)
+            bias = self._bias_as(bias, input.dtype)
         if not is_gguf(weight):
             weight = weight if weight.dtype == input.dtype else weight.to(input.dtype)
             return torch.nn.functional.linear(input, weight, bias)
@@ -171,6 +172,15 @@ class MappedLinear(MappedLayer):
             return torch.nn.functional.linear(input, weight, bias)
         params = weight._params
         return dispatch.linear(input, weight._qdata, params.ggml_type, params.orig_shape, bias, self.scratch)
+
+    def _bias_as(self, bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The bias in the input's dtype, kept until the layer moves: a cast costs a launch at every call. The file's
+        own stays, because some layers see inputs of another dtype than the model's."""
+        if torch.compiler.is_compiling():
+            return bias.to(dtype)
+        if self._cast_bias is None or self._cast_bias[0] is not bias or self._cast_bias[1].dtype != dtype:
+            self._cast_bias = (bias, bias.to(dtype))
+        return self._cast_bias[1]
 
 
 def _bytes(weight: Any) -> torch.Tensor:

@@ -8,14 +8,16 @@ parameters that no layer of ours owns, which become plain tensors here because t
 
 from __future__ import annotations
 
+import reprlib
 import threading
 import warnings
 from math import prod
+from typing import Any
 
 import torch
 
 from . import compat
-from .gguf.errors import DAMAGED
+from .gguf.errors import DAMAGED, shown
 from .gguf.reader import GGUFError, GGUFFile, TensorInfo
 from .gguf.types import NO_REFERENCE, PLAIN, GGMLType
 from .quant.dispatch import dequantize
@@ -77,17 +79,18 @@ def _mapped(file: GGUFFile, info: TensorInfo, lock: threading.Lock) -> torch.Ten
     return data
 
 
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+
+
 def _logical_shape(file: GGUFFile, info: TensorInfo, biases: dict[str, int]) -> tuple[int, ...]:
     stated = file.metadata.get(f"comfy.gguf.orig_shape.{info.name}")
     if stated is not None:
-        shape = tuple(int(n) for n in stated)
-        if prod(shape) != prod(info.shape) or any(n < 0 for n in shape):
-            raise GGUFError(
-                file.path,
-                f"metadata 'comfy.gguf.orig_shape.{info.name}' says {shape}, it has {prod(info.shape)} elements",
-                DAMAGED,
-            )
-        return shape
+        if not _is_shape(stated) or prod(stated) != prod(info.shape):
+            key, value = shown(f"comfy.gguf.orig_shape.{info.name}"), reprlib.repr(stated)
+            problem = f"metadata key {key} is {value}, which is no shape of the tensor's {prod(info.shape)} elements"
+            raise GGUFError(file.path, problem, DAMAGED)
+        return tuple(stated)
     # ggml has four dimensions, so a 3-D convolution [out, in, d, h, w] is stored as [out * in, d, h, w]. Its bias
     # still has one element for each output channel.
     out_channels = biases.get(info.name.removesuffix(".weight") + ".bias", 0)

@@ -26,8 +26,8 @@ class LoadDiffusionModel(io.ComfyNode):
                 io.Combo.Input(
                     "model_name",
                     options=model_files.names(FOLDERS),
-                    tooltip="A .gguf file in models/diffusion_models, models/unet or models/unet_gguf. Of a split "
-                    "model, the first part stands for all.",
+                    tooltip="A .gguf file in models/diffusion_models or models/unet, or in a folder that another pack "
+                    "calls unet_gguf. Of a split model, the first part stands for all.",
                 ),
                 io.Combo.Input(
                     "compute_dtype",

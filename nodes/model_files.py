@@ -7,11 +7,15 @@ they cannot read. So the GGUF files of a group of folders get a folder name of o
 from __future__ import annotations
 
 import os
+import re
+from glob import escape, glob
 
 import folder_paths
 
 # Our folder name -> the host's and other packs' folder names whose .gguf files it lists.
 GROUPS = {"sluice_diffusion_models": ("diffusion_models", "unet", "unet_gguf")}
+
+_PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE | re.DOTALL)
 
 
 def _group_paths(group: str) -> list[str]:
@@ -46,15 +50,16 @@ def find(group: str, name: str) -> str:
 
 
 def stamp(group: str, name: str) -> str:
-    """Changes when the file does, so that the host loads a replaced file again."""
+    """Changes when the file or another part of its model does, so that the host loads a replaced file again."""
     path = folder_paths.get_full_path(group, name)
     if path is None:
         return ""
-    status = os.stat(path)
-    return f"{path} {status.st_size} {status.st_mtime_ns}"
+    match = _PART_NAME.fullmatch(path)
+    parts = sorted(glob(f"{escape(match['stem'])}-*-of-{match['count']}.gguf")) if match else [path]
+    status = [(part, os.stat(part)) for part in parts]
+    return "; ".join(f"{part} {found.st_size} {found.st_mtime_ns}" for part, found in status)
 
 
 def _is_later_part(name: str) -> bool:
-    stem = name[: -len(".gguf")]
-    number, _, count = stem[-14:].partition("-of-")
-    return len(stem) > 15 and number.isdigit() and count.isdigit() and stem[-15] == "-" and int(number) > 1
+    match = _PART_NAME.fullmatch(name)
+    return match is not None and int(match["number"]) > 1

@@ -4,8 +4,8 @@ torch's CPU allocator gives a large block back to the operating system when it i
 page by page: for a float32 weight of 38 MB that takes longer than dequantising it from Q8_0. So a model keeps one
 buffer, as large as its largest weight. GPU allocators keep blocks themselves and need no such thing.
 
-The buffer goes with the model that owns it. A result must not be a view of it, and it must not be used where autograd
-keeps the weight for a backward pass.
+The buffer goes when the host moves the model (to unload it, say), or with the model that owns it. A result must not
+be a view of it, and it must not be used where autograd keeps the weight for a backward pass.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ class Scratch(threading.local):
         if self._buffer.numel() < nbytes:
             self._buffer = torch.empty(nbytes, dtype=torch.uint8)
         return self._buffer[:nbytes].view(dtype).view(shape)
+
+    def clear(self) -> None:
+        """Give the memory back; the next `take` makes a new buffer."""
+        self._buffer = torch.empty(0, dtype=torch.uint8)
 
     @property
     def nbytes(self) -> int:
