@@ -39,7 +39,7 @@ sys.modules["pack"] = package
 
 from pack.loaders.gguf.types import BLOCKS, GGMLType  # noqa: E402
 from pack.loaders.quant import reference  # noqa: E402
-from pack.loaders.quant.kernels import launch  # noqa: E402
+from pack.loaders.quant.kernels import kept, launch, programs  # noqa: E402
 
 SIZES = ((16384, 5120), (3072, 3072))
 CONFIGS = ((128, 4), (256, 4), (512, 4), (256, 8), (512, 8), (64, 2))  # (lanes, warps)
@@ -144,7 +144,7 @@ class Problem:
         kernel = dataclasses.replace(launch.KERNELS[self.ggml_type], lanes=lanes, warps=warps)
 
         def call(data: torch.Tensor, out: torch.Tensor) -> Call:
-            return lambda: launch.launch(kernel, self.ggml_type, data, out, self.blocks)
+            return lambda: launch.run_dequantize(kernel, self.ggml_type, data, out, self.blocks)
 
         return seconds_by_graph([call(*buffers) for buffers in self.buffers], launches_for(self.nbytes))
 
@@ -219,31 +219,26 @@ def host_costs(ggml_type: GGMLType) -> dict[str, float]:
     blocks = 64 * 256 // layout.elements
     data, out = random_bytes(blocks * layout.nbytes), torch.empty(shape, dtype=torch.bfloat16, device="cuda")
     kernel = launch.KERNELS[ggml_type]
-    compiled, rest = next(
-        entry for variant, entry in launch._compiled.items() if variant[0] is kernel and variant[2] == 16
-    )
-    grid = (blocks * kernel.per_block // kernel.lanes + 1, 1, 1)
+    variant = (kernel, torch.bfloat16, 16, True, data.device)
+    bound = launch.bind(data, ggml_type, shape, torch.bfloat16)
+    _, rest = kept._kept[variant]
+    run = kept.bound(variant, launch.grid(kernel, blocks), data.device.index)
+    assert run is not None, "this Triton is not started directly"
+    source, target = data.data_ptr(), out.data_ptr()
     return {
         "dequantize": host_microseconds(lambda: launch.dequantize(data, ggml_type, shape, torch.bfloat16)),
         "dequantize into out": host_microseconds(
             lambda: launch.dequantize(data, ggml_type, shape, torch.bfloat16, out=out)
         ),
-        "launch of a kept kernel": host_microseconds(lambda: launch.launch(kernel, ggml_type, data, out, blocks)),
-        "its run, past its hooks": host_microseconds(
-            lambda: compiled.run(
-                *grid,
-                torch.cuda.current_stream().cuda_stream,
-                compiled.function,
-                compiled.packed_metadata,
-                *(None, None, None),
-                data,
-                out,
-                blocks,
-                *rest,
-            )
+        "launch of a kept kernel": host_microseconds(
+            lambda: launch.run_dequantize(kernel, ggml_type, data, out, blocks)
         ),
+        "bound": host_microseconds(bound),
+        "its launch alone": host_microseconds(lambda: run(source, target, blocks)),
         "launch through Triton": host_microseconds(
-            lambda: kernel.fn[grid](data, out, blocks, *rest, num_warps=kernel.warps)
+            lambda: programs.dequantize[(launch.grid(kernel, blocks), 1, 1)](
+                data, out, blocks, *rest, num_warps=kernel.warps
+            )
         ),
         "torch.empty": host_microseconds(lambda: torch.empty(shape, dtype=torch.bfloat16, device="cuda")),
     }

@@ -16,7 +16,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
 from . import compat
-from .quant import dispatch
+from .quant import dispatch, reference
 from .quant.layout import dense, is_gguf, quantized, with_params
 from .quant.reference import PLAIN_DTYPES
 from .quant.scratch import Scratch
@@ -42,6 +42,7 @@ class MappedLayer(torch.nn.Module):
         self._home: dict[str, torch.nn.Parameter] = {}
         self._away: dict[str, torch.nn.Parameter] = {}
         self._cast_bias: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._bound: tuple[Any, torch.dtype, dispatch.Weight] | None = None
         super().__init__(*args, device="meta", **kwargs)
 
     def _load_from_state_dict(
@@ -92,7 +93,7 @@ class MappedLayer(torch.nn.Module):
         for name in ours:
             parameters[name] = None
         super()._apply(fn, recurse)
-        self._cast_bias = None
+        self._cast_bias = self._bound = None
         self.scratch.clear()
         for name, parameter in ours.items():
             parameters[name] = parameter if parameter.is_meta else self._moved(name, parameter, fn)
@@ -145,7 +146,7 @@ def _same_row_major(given: tuple[int, ...], declared: tuple[int, ...]) -> bool:
 
 
 class MappedLinear(MappedLayer):
-    """`y = x W^T + b` with W dequantised for this call."""
+    """`y = x W^T + b` with W dequantised for this call, or multiplied as it is where x has few rows."""
 
     def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         # At few tokens this function's own time is what a step waits for. The wrapper's attributes are read past it
@@ -163,15 +164,36 @@ class MappedLinear(MappedLayer):
         return result
 
     def _product(self, input: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
-        if bias is not None and bias.dtype != input.dtype:
-            bias = self._bias_as(bias, input.dtype)
+        dtype = input.dtype
+        if bias is not None and bias.dtype != dtype:
+            bias = self._bias_as(bias, dtype)
         if not is_gguf(weight):
-            weight = weight if weight.dtype == input.dtype else weight.to(input.dtype)
-            return torch.nn.functional.linear(input, weight, bias)
+            return torch.nn.functional.linear(input, weight if weight.dtype == dtype else weight.to(dtype), bias)
         if torch.compiler.is_compiling():  # the layout's handler answers with operators that can be traced
             return torch.nn.functional.linear(input, weight, bias)
-        params = weight._params
-        return dispatch.linear(input, weight._qdata, params.ggml_type, params.orig_shape, bias, self.scratch)
+        data, params = weight._qdata, weight._params
+        if data.device.type == "cpu":
+            plain = self._in_scratch(input, data, params)
+        else:
+            result = dispatch.linear_of_few(input, data, params.ggml_type, params.orig_shape, bias)
+            if result is not None:
+                return result
+            plain = self._dense(weight, dtype)
+        return torch.nn.functional.linear(input, plain, bias)
+
+    def _dense(self, weight: Any, dtype: torch.dtype) -> torch.Tensor:
+        """The dense weight, by a bound call where the weight is the layer's own and so stays where it is."""
+        data, params = weight._qdata, weight._params
+        if weight is not self._parameters["weight"]:
+            return dispatch.dequantize(data, params.ggml_type, params.orig_shape, dtype)
+        if self._bound is None or self._bound[0] is not weight or self._bound[1] != dtype:
+            self._bound = (weight, dtype, dispatch.bind(data, params.ggml_type, params.orig_shape, dtype))
+        return self._bound[2]()
+
+    def _in_scratch(self, input: torch.Tensor, data: torch.Tensor, params: Any) -> torch.Tensor:
+        kept_for_backward = torch.is_grad_enabled() and input.requires_grad
+        out = None if kept_for_backward else self.scratch.take(params.orig_shape, input.dtype)
+        return reference.dequantize(data, params.ggml_type, params.orig_shape, input.dtype, out=out)
 
     def _bias_as(self, bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The bias in the input's dtype, kept until the layer moves: a cast costs a launch at every call. The file's

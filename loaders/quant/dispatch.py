@@ -16,40 +16,52 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
+from types import ModuleType
+from typing import Any
 
 import torch
 
-from ..gguf.types import PLAIN, GGMLType
+from ..gguf.types import BLOCKS, PLAIN, GGMLType
 from . import reference
-from .scratch import Scratch
 
 log = logging.getLogger("sluice.quant")
 
-Dequantizer = Callable[[torch.Tensor, GGMLType, Sequence[int], torch.dtype], torch.Tensor]
+Weight = Callable[[], torch.Tensor]
 
 TRITON_DEVICES = frozenset({"cuda", "xpu"})  # ROCm calls itself cuda
 
-_chosen: dict[str, tuple[Dequantizer, str]] = {}  # kind of device -> implementation and the reason for it
+_chosen: dict[str, tuple[ModuleType | None, str]] = {}  # kind of device -> kernels or None, and the reason for it
 _failures: dict[tuple[str, GGMLType], str] = {}  # kind of device and type whose kernel does not work -> why
 
 
-def _choose(kind: str) -> tuple[Dequantizer, str]:
+def _choose(kind: str) -> tuple[ModuleType | None, str]:
     if kind not in TRITON_DEVICES:
-        return reference.dequantize, f"torch: there are no kernels for {kind}"
+        return None, f"torch: there are no kernels for {kind}"
     if importlib.util.find_spec("triton") is None:
-        return reference.dequantize, "torch: Triton is not installed (on Windows: pip install triton-windows)"
+        return None, "torch: Triton is not installed (on Windows: pip install triton-windows)"
     try:
         from .kernels import launch
     except Exception as error:  # a broken Triton raises anything, and models must load all the same
-        return reference.dequantize, f"torch: Triton does not work here ({type(error).__name__}: {error})"
-    return launch.dequantize, "triton"
+        return None, f"torch: Triton does not work here ({type(error).__name__}: {error})"
+    return launch, "triton"
 
 
-def _implementation(kind: str) -> Dequantizer:
+def _kernels(kind: str, ggml_type: GGMLType) -> Any:
+    """The kernels that serve a type on a kind of device, or None: then the reference does."""
     if kind not in _chosen:
         _chosen[kind] = _choose(kind)
         log.info("dequantising on %s with %s", kind, _chosen[kind][1])
-    return _chosen[kind][0]
+    return None if ggml_type in PLAIN or (kind, ggml_type) in _failures else _chosen[kind][0]
+
+
+def _give_up(data: torch.Tensor, ggml_type: GGMLType, error: Exception) -> None:
+    _failures[data.device.type, ggml_type] = f"{type(error).__name__}: {error}"
+    log.warning("the %s kernel does not work on %s, torch takes over: %s", ggml_type.name, data.device, error)
+
+
+# What is the caller's fault, or the device's memory's: another implementation would fail as well.
+_NOT_THE_KERNELS = (ValueError, torch.OutOfMemoryError)
 
 
 def dequantize(data: torch.Tensor, ggml_type: GGMLType, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -60,34 +72,53 @@ def dequantize(data: torch.Tensor, ggml_type: GGMLType, shape: Sequence[int], dt
     Raises:
         ValueError: the byte count does not fit `shape`, or the type has no dequantiser.
     """
-    kind = data.device.type
-    chosen = _implementation(kind)
-    if chosen is reference.dequantize or ggml_type in PLAIN or (kind, ggml_type) in _failures:
-        return reference.dequantize(data, ggml_type, shape, dtype)
+    kernels = _kernels(data.device.type, ggml_type)
+    if kernels is not None:
+        try:
+            return kernels.dequantize(data, ggml_type, shape, dtype)
+        except _NOT_THE_KERNELS:
+            raise
+        except Exception as error:
+            _give_up(data, ggml_type, error)
+    return reference.dequantize(data, ggml_type, shape, dtype)
+
+
+def bind(data: torch.Tensor, ggml_type: GGMLType, shape: Sequence[int], dtype: torch.dtype) -> Weight:
+    """`dequantize` of these very bytes as a call without arguments, cheaper for the host at each call.
+
+    It keeps `data` alive and must be dropped when the weight moves.
+    """
+    kernels = _kernels(data.device.type, ggml_type)
+    if kernels is not None:
+        try:
+            return kernels.bind(data, ggml_type, shape, dtype)
+        except _NOT_THE_KERNELS:
+            raise
+        except Exception as error:
+            _give_up(data, ggml_type, error)
+    return partial(reference.dequantize, data, ggml_type, shape, dtype)
+
+
+def linear_of_few(
+    x: torch.Tensor, data: torch.Tensor, ggml_type: GGMLType, shape: Sequence[int], bias: torch.Tensor | None
+) -> torch.Tensor | None:
+    """`x W^T + bias` read straight from the blocks of W, summed in float32, where that is faster; else None.
+
+    It is for few rows of `x` (the modulation layers of a diffusion transformer see one for each picture), for which
+    reading the weight is all the work. Nearer to the exact product than a weight rounded to 16 bits gives.
+    """
+    kernels = _kernels(data.device.type, ggml_type)
+    if kernels is None or x.numel() > kernels.KERNELS[ggml_type].few * shape[1] or x.requires_grad:
+        return None
+    if shape[1] % BLOCKS[ggml_type].elements:
+        return None
     try:
-        return chosen(data, ggml_type, shape, dtype)
-    except (ValueError, torch.OutOfMemoryError):
+        return kernels.linear(x, data, ggml_type, shape, bias)
+    except _NOT_THE_KERNELS:
         raise
     except Exception as error:
-        _failures[kind, ggml_type] = f"{type(error).__name__}: {error}"
-        log.warning("the %s kernel does not work on %s, torch takes over: %s", ggml_type.name, data.device, error)
-        return reference.dequantize(data, ggml_type, shape, dtype)
-
-
-def linear(
-    x: torch.Tensor,
-    data: torch.Tensor,
-    ggml_type: GGMLType,
-    shape: Sequence[int],
-    bias: torch.Tensor | None,
-    scratch: Scratch,
-) -> torch.Tensor:
-    """`x W^T + bias` for the weight W of `shape` (rows, columns) that `data` encodes, in the dtype of `x`."""
-    if data.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad):
-        weight = reference.dequantize(data, ggml_type, shape, x.dtype, out=scratch.take(shape, x.dtype))
-    else:
-        weight = dequantize(data, ggml_type, shape, x.dtype)
-    return torch.nn.functional.linear(x, weight, bias)
+        _give_up(data, ggml_type, error)
+        return None
 
 
 def dequantize_rows(

@@ -1,24 +1,25 @@
-"""What every dequantisation kernel is made of: where a lane works, how it reads words, how bits become floats.
+"""What every decoder is made of: where a lane works, how it reads words, how bits become floats.
 
 [Note: Lanes]
 A kernel is written for one *lane*: every tensor in it is one-dimensional over `LANES` lanes, and lane = thread (or a
 few lanes a thread, when `LANES` exceeds the threads of a program). A block of quantised bytes is shared by
 `PER_BLOCK` neighbouring lanes. A lane reads the words it needs straight from global memory, unpacks the scales that
-these words need once, and writes its results in *chunks* of 8 contiguous elements: one 16-byte store for bf16 and
-f16. Neighbouring lanes write neighbouring chunks, so that a warp's stores fill whole 32-byte sectors. Nothing crosses
-lanes: no shared memory, no barrier, no layout conversion, and the machine code is what one would write by hand. (For
-float32 output Triton does exchange chunks among lanes, to make its 16-byte stores neighbours.)
+these words need once, and makes *chunks* of 8 contiguous elements: one 16-byte store for bf16 and f16. Neighbouring
+lanes make neighbouring chunks, so that a warp's stores fill whole 32-byte sectors; two chunks to a lane measured
+faster than four. Nothing crosses lanes: no shared memory, no barrier, no layout conversion, and the machine code is
+what one would write by hand. (For float32 output Triton does exchange chunks among lanes, to make its 16-byte stores
+neighbours.) What is done with the chunks is not the decoders' business but that of programs.py.
 
 [Note: Loads first]
-The compiler cannot know that `src` and `out` do not overlap, and moves no load up over a store. Every kernel therefore
-issues all of its loads before its first store; otherwise a lane waits for memory once for each chunk.
+The compiler cannot know that `src` and `out` do not overlap, and moves no load up over a store. All chunks are
+therefore decoded before the first store; otherwise a lane waits for memory once for each chunk.
 
 [Note: Alignment]
 GGUF blocks are not padded: an 18-byte block starts on any even address, a 17-byte one anywhere. `ALIGN` is what is
-known about all blocks of the tensor (the greatest common divisor of block size, address and 8): `word` loads 32 bits
-as one, two or four pieces and joins them, one instruction for a load and one for a join; `words` loads 64 bits at once
-where it may. Two-byte alignment costs half an instruction per element at most and one-byte alignment two, less than
-pairing blocks and shifting across them would, and there is no odd tail.
+known about all blocks of the tensor (the greatest common divisor of block size, address and 16): `word` loads 32 bits
+as one, two or four pieces and joins them; `words` and `quad` load 64 and 128 bits at once where they may, and at odd
+addresses `words` shifts its words out of the aligned ones they lie in. Two-byte alignment costs half an instruction per
+element at most, less than pairing blocks and shifting across them would, and there is no odd tail.
 
 [Note: Tail]
 The lanes of the last program that have no block of their own recompute the last block and store the same values over
@@ -47,20 +48,12 @@ import triton.language as tl
 
 
 @triton.jit
-def place(
-    src, out, n_blocks, BYTES: tl.constexpr, ELEMENTS: tl.constexpr, PER_BLOCK: tl.constexpr, LANES: tl.constexpr
-):
-    """Each lane's block in `src`, its block in `out`, its number among the lanes of that block, and `magic`.
+def chunks_16(lane, PER_BLOCK: tl.constexpr):
+    """Where a lane's chunks lie in its block: the first, the others from there, and whether these are its own.
 
-    The program's own offset is 64-bit and scalar, offsets within a program are 32-bit: more than 2^31 elements cost
-    nothing. `n_blocks >> 31` is zero, which the compiler cannot know. [Note: Magic]
+    Here: lanes 2 s, 2 s + 1 make the four chunks of the 32 elements from 32 s on.
     """
-    first = tl.program_id(0) * (LANES // PER_BLOCK)
-    lane = tl.arange(0, LANES)
-    block = tl.minimum(lane // PER_BLOCK, n_blocks - 1 - first)  # [Note: Tail]
-    src += first.to(tl.int64) * BYTES
-    out += first.to(tl.int64) * ELEMENTS
-    return src + block * BYTES, out + block * ELEMENTS, lane % PER_BLOCK, 0x4B000000 + (n_blocks >> 31)
+    return lane // 2 * 32 + lane % 2 * 8, (0, 16), ()
 
 
 @triton.jit
@@ -86,18 +79,57 @@ def word(ptr, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def unsigned_word(ptr):
+    return tl.load(ptr.to(tl.pointer_type(tl.uint32), bitcast=True)).to(tl.uint64)
+
+
+@triton.jit
+def straddling_words(ptr):
+    """The two 32-bit words at any `ptr`, from the two or three aligned words they lie in: no other byte is touched
+    but those that share a word with theirs, and no allocation ends within a word."""
+    past = ptr.to(tl.uint64) & 3
+    w0 = unsigned_word(ptr - past)
+    w1 = unsigned_word(ptr - past + 4)
+    w2 = unsigned_word(ptr + 7 - ((past + 7) & 3))
+    return ((w1 << 32 | w0) >> (past * 8)).to(tl.int32), ((w2 << 32 | w1) >> (past * 8)).to(tl.int32)
+
+
+@triton.jit
 def words(ptr, ALIGN: tl.constexpr):
     """The two 32-bit words at each lane's `ptr`: one 8-byte load where the alignment allows it."""
     if ALIGN % 8 == 0:
         pair = ptr.to(tl.pointer_type(tl.int32), bitcast=True)
         return tl.split(tl.load(pair[:, None] + tl.arange(0, 2)[None, :]))
+    if ALIGN % 2 == 1:
+        return straddling_words(ptr)
     return word(ptr, ALIGN), word(ptr + 4, ALIGN)
+
+
+@triton.jit
+def quad(ptr, ALIGN: tl.constexpr):
+    """The four 32-bit words at each lane's `ptr`: one 16-byte load where the alignment allows it."""
+    if ALIGN % 16 == 0:
+        four = ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+        w = tl.load(four[:, None] + tl.arange(0, 4)[None, :])
+        even, odd = tl.split(tl.reshape(w, (ptr.shape[0], 2, 2)))
+        w0, w2 = tl.split(even)
+        w1, w3 = tl.split(odd)
+    else:
+        w0, w1 = words(ptr, ALIGN)
+        w2, w3 = words(ptr + 8, ALIGN)
+    return w0, w1, w2, w3
 
 
 @triton.jit
 def f16(bits):
     """The float16 in the low 16 bits, widened to float32 (subnormals kept)."""
     return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def minus_f16(bits):
+    """Minus that number. By its bit: in Triton, -x is 0 - x, which loses the sign of a zero."""
+    return f16(bits ^ 0x8000)
 
 
 @triton.jit
@@ -179,9 +211,3 @@ def e2m1_octet(a, b, NIBBLE: tl.constexpr):
     b0, b2 = e2m1_pair(b, NIBBLE)
     b1, b3 = e2m1_pair(b, NIBBLE + 2)
     return join8(a0, a1, a2, a3, b0, b1, b2, b3)
-
-
-@triton.jit
-def store(out, y):
-    """Round [LANES, 8] values once to the output's type and store each lane's chunk at its `out`."""
-    tl.store(out[:, None] + tl.arange(0, 8)[None, :], y.to(out.dtype.element_ty))

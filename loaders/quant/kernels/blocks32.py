@@ -20,29 +20,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .bits import byte, e2m1_octet, f16, half, lookup8, octet, place, store, word, words
+from .bits import byte, e2m1_octet, f16, half, lookup8, octet, word, words
 
 
-@triton.jit(do_not_specialize=["n_blocks"])
-def q4_0(src, out, n_blocks, ALIGN: tl.constexpr, LANES: tl.constexpr):
-    src, out, c, magic = place(src, out, n_blocks, 18, 32, 2, LANES)
-    d = f16(half(src, ALIGN))[:, None]
+@triton.jit
+def q4_0(src, c, magic, table, ALIGN: tl.constexpr, PER_BLOCK: tl.constexpr):
+    d = f16(half(src, ALIGN))
     a, b = words(src + 2 + c * 8, ALIGN)
-    out += c * 8
-    store(out, octet(a, b, magic, 0, 4, MINUS=8) * d)
-    store(out + 16, octet(a, b, magic, 4, 4, MINUS=8) * d)
+    return (octet(a, b, magic, 0, 4, MINUS=8), octet(a, b, magic, 4, 4, MINUS=8)), (), (d,), (), ()
 
 
-@triton.jit(do_not_specialize=["n_blocks"])
-def q4_1(src, out, n_blocks, ALIGN: tl.constexpr, LANES: tl.constexpr):
-    src, out, c, magic = place(src, out, n_blocks, 20, 32, 2, LANES)
+@triton.jit
+def q4_1(src, c, magic, table, ALIGN: tl.constexpr, PER_BLOCK: tl.constexpr):
     dm = word(src, ALIGN)
-    d = f16(dm)[:, None]
-    m = f16(dm >> 16)[:, None]
+    d = f16(dm)
+    m = f16(dm >> 16)
     a, b = words(src + 4 + c * 8, ALIGN)
-    out += c * 8
-    store(out, octet(a, b, magic, 0, 4) * d + m)
-    store(out + 16, octet(a, b, magic, 4, 4) * d + m)
+    return (octet(a, b, magic, 0, 4), octet(a, b, magic, 4, 4)), (), (d,), (), (m,)
 
 
 @triton.jit
@@ -58,64 +52,55 @@ def five_bits(a, b, high, magic, N: tl.constexpr, MINUS: tl.constexpr):
     return octet(qa, qb, magic, 0, 5, MINUS)
 
 
-@triton.jit(do_not_specialize=["n_blocks"])
-def q5_0(src, out, n_blocks, ALIGN: tl.constexpr, LANES: tl.constexpr):
-    src, out, c, magic = place(src, out, n_blocks, 22, 32, 2, LANES)
-    d = f16(half(src, ALIGN))[:, None]
+@triton.jit
+def q5_0(src, c, magic, table, ALIGN: tl.constexpr, PER_BLOCK: tl.constexpr):
+    d = f16(half(src, ALIGN))
     high = word(src + 2, ALIGN) >> (c * 8)
     a, b = words(src + 6 + c * 8, ALIGN)
-    out += c * 8
-    store(out, five_bits(a, b, high, magic, 0, 16) * d)
-    store(out + 16, five_bits(a, b, high, magic, 1, 16) * d)
+    return (five_bits(a, b, high, magic, 0, 16), five_bits(a, b, high, magic, 1, 16)), (), (d,), (), ()
 
 
-@triton.jit(do_not_specialize=["n_blocks"])
-def q5_1(src, out, n_blocks, ALIGN: tl.constexpr, LANES: tl.constexpr):
-    src, out, c, magic = place(src, out, n_blocks, 24, 32, 2, LANES)
+@triton.jit
+def q5_1(src, c, magic, table, ALIGN: tl.constexpr, PER_BLOCK: tl.constexpr):
     dm = word(src, ALIGN)
-    d = f16(dm)[:, None]
-    m = f16(dm >> 16)[:, None]
+    d = f16(dm)
+    m = f16(dm >> 16)
     high = word(src + 4, ALIGN) >> (c * 8)
     a, b = words(src + 8 + c * 8, ALIGN)
-    out += c * 8
-    store(out, five_bits(a, b, high, magic, 0, 0) * d + m)
-    store(out + 16, five_bits(a, b, high, magic, 1, 0) * d + m)
+    return (five_bits(a, b, high, magic, 0, 0), five_bits(a, b, high, magic, 1, 0)), (), (d,), (), (m,)
 
 
-@triton.jit(do_not_specialize=["n_blocks"])
-def q8_0(src, out, n_blocks, ALIGN: tl.constexpr, LANES: tl.constexpr):
-    src, out, c, magic = place(src, out, n_blocks, 34, 32, 2, LANES)
-    d = f16(half(src, ALIGN))[:, None]
+@triton.jit
+def q8_0(src, c, magic, table, ALIGN: tl.constexpr, PER_BLOCK: tl.constexpr):
+    d = f16(half(src, ALIGN))
     qs = src + 2 + c * 8
     a0, b0 = words(qs, ALIGN)
     a1, b1 = words(qs + 16, ALIGN)
-    out += c * 8
-    store(out, octet(a0, b0, magic, 0, 8, MINUS=128, FLIP=128) * d)
-    store(out + 16, octet(a1, b1, magic, 0, 8, MINUS=128, FLIP=128) * d)
+    return (
+        (octet(a0, b0, magic, 0, 8, MINUS=128, FLIP=128), octet(a1, b1, magic, 0, 8, MINUS=128, FLIP=128)),
+        (),
+        (d,),
+        (),
+        (),
+    )
 
 
-@triton.jit(do_not_specialize=["n_blocks"])
-def iq4_nl(src, out, n_blocks, table, ALIGN: tl.constexpr, LANES: tl.constexpr):
-    src, out, c, _magic = place(src, out, n_blocks, 18, 32, 2, LANES)
-    d = f16(half(src, ALIGN))[:, None]
+@triton.jit
+def iq4_nl(src, c, magic, table, ALIGN: tl.constexpr, PER_BLOCK: tl.constexpr):
+    d = f16(half(src, ALIGN))
     a, b = words(src + 2 + c * 8, ALIGN)
     low = lookup8(table, a, b, 0)
     high = lookup8(table, a, b, 4)
-    out += c * 8
-    store(out, low * d)
-    store(out + 16, high * d)
+    return (low, high), (), (d,), (), ()
 
 
-@triton.jit(do_not_specialize=["n_blocks"])
-def mxfp4(src, out, n_blocks, ALIGN: tl.constexpr, LANES: tl.constexpr):
-    src, out, c, _magic = place(src, out, n_blocks, 17, 32, 2, LANES)
+@triton.jit
+def mxfp4(src, c, magic, table, ALIGN: tl.constexpr, PER_BLOCK: tl.constexpr):
     e = byte(src)
     # half of the power of two that e stands for, because q comes doubled; e < 2 is subnormal
-    d = tl.where(e < 2, 0x00200000 << e, (e - 1) << 23).to(tl.float32, bitcast=True)[:, None]
+    d = tl.where(e < 2, 0x00200000 << e, (e - 1) << 23).to(tl.float32, bitcast=True)
     a, b = words(src + 1 + c * 8, ALIGN)
-    out += c * 8
-    store(out, e2m1_octet(a, b, 0) * d)
-    store(out + 16, e2m1_octet(a, b, 1) * d)
+    return (e2m1_octet(a, b, 0), e2m1_octet(a, b, 1)), (), (d,), (), ()
 
 
 @triton.jit
@@ -127,17 +112,25 @@ def ue4m3_half(scale):
     return tl.where((scale & 0xFF) == 0x7F, 0.0, f16((scale & 0x7F) << 7) * 128.0)
 
 
-@triton.jit(do_not_specialize=["n_blocks"])
-def nvfp4(src, out, n_blocks, ALIGN: tl.constexpr, LANES: tl.constexpr):
-    """Four lanes a block. Lane 2 s + n takes the low (n = 0) or high nibbles behind scales s and s + 2, so that two
-    neighbours fill a 32-byte sector with each store."""
-    src, out, lane, _magic = place(src, out, n_blocks, 36, 64, 4, LANES)
+@triton.jit
+def nvfp4_chunks(lane, PER_BLOCK: tl.constexpr):
+    """Lane 2 s + n takes the low (n = 0) or high nibbles behind scales s and s + 2, so that two neighbours fill a
+    32-byte sector with each store."""
+    return lane * 8, (0, 32), ()
+
+
+@triton.jit
+def nvfp4(src, lane, magic, table, ALIGN: tl.constexpr, PER_BLOCK: tl.constexpr):
     s = lane // 2
     down = lane % 2 * 4
     scales = word(src, ALIGN) >> (s * 8)
     qs = src + 4 + s * 8
     a0, b0 = words(qs, ALIGN)
     a1, b1 = words(qs + 16, ALIGN)
-    out += lane * 8
-    store(out, e2m1_octet(a0 >> down, b0 >> down, 0) * ue4m3_half(scales)[:, None])
-    store(out + 32, e2m1_octet(a1 >> down, b1 >> down, 0) * ue4m3_half(scales >> 16)[:, None])
+    return (
+        (e2m1_octet(a0 >> down, b0 >> down, 0), e2m1_octet(a1 >> down, b1 >> down, 0)),
+        (ue4m3_half(scales), ue4m3_half(scales >> 16)),
+        (),
+        (),
+        (),
+    )

@@ -6,7 +6,7 @@ fetches it with one load. The largest is 8 KB: they stay in the first-level cach
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ def grid_rows(ggml_type: GGMLType) -> np.ndarray:
     return traits.grid.reshape(traits.grid_shape).astype(np.int64)
 
 
-@lru_cache(maxsize=128)  # at most 9 types x the devices of the machine, 8 KB each
+@cache  # at most 9 types x the devices of the machine, 8 KB each; kept kernels hold their addresses
 def table(ggml_type: GGMLType, device: torch.device) -> torch.Tensor:
     """The table that the kernel of `ggml_type` takes: float32 values, or int32 words of a grid."""
     if ggml_type in VALUES:

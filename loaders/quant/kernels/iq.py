@@ -28,7 +28,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .bits import byte, f16, field, half, join8, lookup8, octet, place, store, word, words
+from .bits import byte, f16, field, half, join8, lookup8, octet, word, words
 
 
 @triton.jit
@@ -63,24 +63,26 @@ def row8(grid, index):
     return tl.split(tl.load((grid + index * 2)[:, None] + tl.arange(0, 2)[None, :]))
 
 
-@triton.jit(do_not_specialize=["n_blocks"])
-def iq2_xxs(src, out, n_blocks, grid, ALIGN: tl.constexpr, LANES: tl.constexpr):
-    src, out, lane, magic = place(src, out, n_blocks, 66, 256, 16, LANES)
+@triton.jit
+def iq2_xxs(src, lane, magic, grid, ALIGN: tl.constexpr, PER_BLOCK: tl.constexpr):
     c = lane % 2
     sub = src + 2 + lane // 2 * 8
     aux = word(sub + 4, ALIGN)
     a0, b0 = row8(grid, byte(sub + c))
     a1, b1 = row8(grid, byte(sub + c + 2))
-    db = (f16(half(src, ALIGN)) * field(aux, magic, 28, 4, MINUS=-0.5) * 0.25)[:, None]
+    d = f16(half(src, ALIGN)) * field(aux, magic, 28, 4, MINUS=-0.5) * 0.25
     signs = aux >> (c * 7)
-    out += lane // 2 * 32 + c * 8
-    store(out, signed8(a0, b0, magic, even_signs(signs)) * db)
-    store(out + 16, signed8(a1, b1, magic, even_signs(signs >> 14)) * db)
+    return (
+        (signed8(a0, b0, magic, even_signs(signs)), signed8(a1, b1, magic, even_signs(signs >> 14))),
+        (),
+        (d,),
+        (),
+        (),
+    )
 
 
-@triton.jit(do_not_specialize=["n_blocks"])
-def iq2_xs(src, out, n_blocks, grid, ALIGN: tl.constexpr, LANES: tl.constexpr):
-    src, out, lane, magic = place(src, out, n_blocks, 74, 256, 16, LANES)
+@triton.jit
+def iq2_xs(src, lane, magic, grid, ALIGN: tl.constexpr, PER_BLOCK: tl.constexpr):
     s = lane // 2
     qs = src + 2 + s * 8 + lane % 2 * 2
     q0 = half(qs, ALIGN)
@@ -89,16 +91,19 @@ def iq2_xs(src, out, n_blocks, grid, ALIGN: tl.constexpr, LANES: tl.constexpr):
     a1, b1 = row8(grid, q1 & 511)
     scales = byte(src + 66 + s)
     d = f16(half(src, ALIGN)) * 0.25
-    db0 = d * field(scales, magic, 0, 4, MINUS=-0.5)
-    db1 = d * field(scales, magic, 4, 4, MINUS=-0.5)
-    out += s * 32 + lane % 2 * 8
-    store(out, signed8(a0, b0, magic, even_signs(q0 >> 9)) * db0[:, None])
-    store(out + 16, signed8(a1, b1, magic, even_signs(q1 >> 9)) * db1[:, None])
+    scale0 = field(scales, magic, 0, 4, MINUS=-0.5)
+    scale1 = field(scales, magic, 4, 4, MINUS=-0.5)
+    return (
+        (signed8(a0, b0, magic, even_signs(q0 >> 9)), signed8(a1, b1, magic, even_signs(q1 >> 9))),
+        (scale0, scale1),
+        (d,),
+        (),
+        (),
+    )
 
 
-@triton.jit(do_not_specialize=["n_blocks"])
-def iq2_s(src, out, n_blocks, grid, ALIGN: tl.constexpr, LANES: tl.constexpr):
-    src, out, lane, magic = place(src, out, n_blocks, 82, 256, 16, LANES)
+@triton.jit
+def iq2_s(src, lane, magic, grid, ALIGN: tl.constexpr, PER_BLOCK: tl.constexpr):
     s = lane // 2
     c = lane % 2
     qs = src + 2 + s * 4 + c
@@ -109,16 +114,13 @@ def iq2_s(src, out, n_blocks, grid, ALIGN: tl.constexpr, LANES: tl.constexpr):
     signs1 = byte(qs + 34)
     scales = byte(src + 74 + s)
     d = f16(half(src, ALIGN)) * 0.25
-    db0 = d * field(scales, magic, 0, 4, MINUS=-0.5)
-    db1 = d * field(scales, magic, 4, 4, MINUS=-0.5)
-    out += s * 32 + c * 8
-    store(out, signed8(a0, b0, magic, signs0) * db0[:, None])
-    store(out + 16, signed8(a1, b1, magic, signs1) * db1[:, None])
+    scale0 = field(scales, magic, 0, 4, MINUS=-0.5)
+    scale1 = field(scales, magic, 4, 4, MINUS=-0.5)
+    return (signed8(a0, b0, magic, signs0), signed8(a1, b1, magic, signs1)), (scale0, scale1), (d,), (), ()
 
 
-@triton.jit(do_not_specialize=["n_blocks"])
-def iq3_xxs(src, out, n_blocks, grid, ALIGN: tl.constexpr, LANES: tl.constexpr):
-    src, out, lane, magic = place(src, out, n_blocks, 98, 256, 16, LANES)
+@triton.jit
+def iq3_xxs(src, lane, magic, grid, ALIGN: tl.constexpr, PER_BLOCK: tl.constexpr):
     s = lane // 2
     c = lane % 2
     qs = src + 2 + s * 8 + c * 2
@@ -129,16 +131,19 @@ def iq3_xxs(src, out, n_blocks, grid, ALIGN: tl.constexpr, LANES: tl.constexpr):
     a1 = tl.load(grid + (q1 & 255))
     b1 = tl.load(grid + (q1 >> 8))
     aux = word(src + 66 + s * 4, ALIGN)
-    db = (f16(half(src, ALIGN)) * field(aux, magic, 28, 4, MINUS=-0.5) * 0.5)[:, None]
+    d = f16(half(src, ALIGN)) * field(aux, magic, 28, 4, MINUS=-0.5) * 0.5
     signs = aux >> (c * 7)
-    out += s * 32 + c * 8
-    store(out, signed8(a0, b0, magic, even_signs(signs)) * db)
-    store(out + 16, signed8(a1, b1, magic, even_signs(signs >> 14)) * db)
+    return (
+        (signed8(a0, b0, magic, even_signs(signs)), signed8(a1, b1, magic, even_signs(signs >> 14))),
+        (),
+        (d,),
+        (),
+        (),
+    )
 
 
-@triton.jit(do_not_specialize=["n_blocks"])
-def iq3_s(src, out, n_blocks, grid, ALIGN: tl.constexpr, LANES: tl.constexpr):
-    src, out, lane, magic = place(src, out, n_blocks, 110, 256, 16, LANES)
+@triton.jit
+def iq3_s(src, lane, magic, grid, ALIGN: tl.constexpr, PER_BLOCK: tl.constexpr):
     s = lane // 2
     c = lane % 2
     qs = src + 2 + s * 8 + c * 2
@@ -152,10 +157,8 @@ def iq3_s(src, out, n_blocks, grid, ALIGN: tl.constexpr, LANES: tl.constexpr):
     signs0 = byte(src + 74 + s * 4 + c)
     signs1 = byte(src + 76 + s * 4 + c)
     scale = byte(src + 106 + s // 2) >> (s % 2 * 4)
-    db = (f16(half(src, ALIGN)) * field(scale, magic, 0, 4, MINUS=-0.5) * 2.0)[:, None]
-    out += s * 32 + c * 8
-    store(out, signed8(a0, b0, magic, signs0) * db)
-    store(out + 16, signed8(a1, b1, magic, signs1) * db)
+    d = f16(half(src, ALIGN)) * field(scale, magic, 0, 4, MINUS=-0.5) * 2.0
+    return (signed8(a0, b0, magic, signs0), signed8(a1, b1, magic, signs1)), (), (d,), (), ()
 
 
 @triton.jit
@@ -176,9 +179,8 @@ def shifted8(w, magic):
     )
 
 
-@triton.jit(do_not_specialize=["n_blocks"])
-def iq1_s(src, out, n_blocks, grid, ALIGN: tl.constexpr, LANES: tl.constexpr):
-    src, out, lane, magic = place(src, out, n_blocks, 50, 256, 16, LANES)
+@triton.jit
+def iq1_s(src, lane, magic, grid, ALIGN: tl.constexpr, PER_BLOCK: tl.constexpr):
     s = lane // 2
     c = lane % 2
     head = half(src + 34 + s * 2, ALIGN)
@@ -186,16 +188,13 @@ def iq1_s(src, out, n_blocks, grid, ALIGN: tl.constexpr, LANES: tl.constexpr):
     high = (head << 8) >> (c * 3)
     w0 = tl.load(grid + (byte(qs) | (high & 0x700)))
     w1 = tl.load(grid + (byte(qs + 2) | ((high >> 6) & 0x700)))
-    dl = (f16(half(src, ALIGN)) * field(head, magic, 12, 3, MINUS=-0.5) * 0.5)[:, None]
+    d = f16(half(src, ALIGN)) * field(head, magic, 12, 3, MINUS=-0.5) * 0.5
     up = tl.where(head < 0x8000, 0x11111111, 0)
-    out += s * 32 + c * 8
-    store(out, shifted8(w0 | up, magic) * dl)
-    store(out + 16, shifted8(w1 | up, magic) * dl)
+    return (shifted8(w0 | up, magic), shifted8(w1 | up, magic)), (), (d,), (), ()
 
 
-@triton.jit(do_not_specialize=["n_blocks"])
-def iq1_m(src, out, n_blocks, grid, ALIGN: tl.constexpr, LANES: tl.constexpr):
-    src, out, lane, magic = place(src, out, n_blocks, 56, 256, 16, LANES)
+@triton.jit
+def iq1_m(src, lane, magic, grid, ALIGN: tl.constexpr, PER_BLOCK: tl.constexpr):
     s = lane // 2
     c = lane % 2
     qs = src + s * 4 + c
@@ -207,42 +206,19 @@ def iq1_m(src, out, n_blocks, grid, ALIGN: tl.constexpr, LANES: tl.constexpr):
     low = ((s01 >> 12) & 0x000F) | ((s01 >> 24) & 0x00F0)
     d = f16(low | ((s23 >> 4) & 0x0F00) | ((s23 >> 16) & 0xF000)) * 0.5
     scales = half(src + 48 + s // 2 * 2, ALIGN) >> (s % 2 * 6)
-    dl0 = d * field(scales, magic, 0, 3, MINUS=-0.5)
-    dl1 = d * field(scales, magic, 3, 3, MINUS=-0.5)
+    scale0 = field(scales, magic, 0, 3, MINUS=-0.5)
+    scale1 = field(scales, magic, 3, 3, MINUS=-0.5)
     w0 = w0 | tl.where((high0 & 8) == 0, 0x11111111, 0)
     w1 = w1 | tl.where((high1 & 8) == 0, 0x11111111, 0)
-    out += s * 32 + c * 8
-    store(out, shifted8(w0, magic) * dl0[:, None])
-    store(out + 16, shifted8(w1, magic) * dl1[:, None])
+    return (shifted8(w0, magic), shifted8(w1, magic)), (scale0, scale1), (d,), (), ()
 
 
 @triton.jit
-def iq4_scale(low, high, magic, N: tl.constexpr):
-    """Nibble N of `low` under bits 2 N, 2 N + 1 of `high`, minus 32."""
-    return field(((low >> (4 * N)) & 15) | (((high << 4) >> (2 * N)) & 0x30), magic, 0, 6, MINUS=32)
-
-
-@triton.jit(do_not_specialize=["n_blocks"])
-def iq4_xs(src, out, n_blocks, table, ALIGN: tl.constexpr, LANES: tl.constexpr):
-    """Eight lanes a superblock: lane 2 j + c reads 8 bytes of sub-block 2 j and of sub-block 2 j + 1."""
-    src, out, lane, magic = place(src, out, n_blocks, 136, 256, 8, LANES)
-    c = lane % 2
-    j = lane // 2
+def iq4_xs(src, lane, magic, table, ALIGN: tl.constexpr, PER_BLOCK: tl.constexpr):
+    s = lane // 2
     head = word(src, ALIGN)
-    low = byte(src + 4 + j)
-    qs = src + 8 + j * 32 + c * 8
-    a0, b0 = words(qs, ALIGN)
-    a1, b1 = words(qs + 16, ALIGN)
-    y0 = lookup8(table, a0, b0, 0)
-    y1 = lookup8(table, a0, b0, 4)
-    y2 = lookup8(table, a1, b1, 0)
-    y3 = lookup8(table, a1, b1, 4)
-    d = f16(head)
-    high = head >> (16 + j * 4)
-    dl0 = (d * iq4_scale(low, high, magic, 0))[:, None]
-    dl1 = (d * iq4_scale(low, high, magic, 1))[:, None]
-    out += j * 64 + c * 8
-    store(out, y0 * dl0)
-    store(out + 16, y1 * dl0)
-    store(out + 32, y2 * dl1)
-    store(out + 48, y3 * dl1)
+    low = byte(src + 4 + s // 2) >> (s % 2 * 4)
+    a, b = words(src + 8 + s * 16 + lane % 2 * 8, ALIGN)
+    high = head >> (16 + s * 2)
+    d = f16(head) * field((low & 15) | ((high & 3) << 4), magic, 0, 6, MINUS=32)
+    return (lookup8(table, a, b, 0), lookup8(table, a, b, 4)), (), (d,), (), ()

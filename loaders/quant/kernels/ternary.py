@@ -15,27 +15,35 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .bits import f16, field, half, join8, octet, place, store, word, words
+from .bits import f16, field, half, join8, octet, word, words
+from .kquants import quarters
 
 
-@triton.jit(do_not_specialize=["n_blocks"])
-def tq2_0(src, out, n_blocks, ALIGN: tl.constexpr, LANES: tl.constexpr):
-    src, out, lane, magic = place(src, out, n_blocks, 66, 256, 8, LANES)
-    c = lane % 4
-    h = lane // 4
-    d = f16(half(src + 64, ALIGN))[:, None]
-    a, b = words(src + h * 32 + c * 8, ALIGN)
-    out += h * 128 + c * 8
-    for k in tl.static_range(4):
-        store(out + 32 * k, octet(a, b, magic, 2 * k, 2, MINUS=1) * d)
+@triton.jit
+def tq2_0(src, lane, magic, table, ALIGN: tl.constexpr, PER_BLOCK: tl.constexpr):
+    h, p, c = quarters(lane, PER_BLOCK)
+    d = f16(half(src + 64, ALIGN))
+    q0, q1 = (), ()
+    for i in tl.static_range(16 // PER_BLOCK):
+        a, b = words(src + h * 32 + c * (128 // PER_BLOCK) + i * 8, ALIGN)
+        q0 += (octet(a >> (4 * p), b >> (4 * p), magic, 0, 2, MINUS=1),)
+        q1 += (octet(a >> (4 * p), b >> (4 * p), magic, 2, 2, MINUS=1),)
+    return q0 + q1, (), (d,), (), ()
 
 
-@triton.jit(do_not_specialize=["n_blocks"])
-def tq1_0(src, out, n_blocks, ALIGN: tl.constexpr, LANES: tl.constexpr):
-    """Eight lanes a block. Lanes 0-5 take 8 bytes of qs and write five chunks, one for each digit. Lanes 6 and 7 take
-    the four bytes of qh, two digits each, and write one chunk."""
-    src, out, lane, magic = place(src, out, n_blocks, 54, 256, 8, LANES)
-    d = f16(half(src + 52, ALIGN))[:, None]
+@triton.jit
+def digits(lane, PER_BLOCK: tl.constexpr):
+    """Lanes 0-5 take 8 bytes of qs and make five chunks, one for each digit. Lanes 6 and 7 take the four bytes of qh,
+    two digits each, and make one chunk: the others are not theirs."""
+    tail = lane >= 6
+    at = tl.where(lane < 4, lane * 8, 128 + lane * 8 + tl.where(tail, 64, 0))
+    step = tl.where(lane < 4, 32, 16)
+    return at, (0, step, 2 * step, 3 * step, 4 * step), (lane < 6,)
+
+
+@triton.jit
+def tq1_0(src, lane, magic, table, ALIGN: tl.constexpr, PER_BLOCK: tl.constexpr):
+    d = f16(half(src + 52, ALIGN))
     tail = lane >= 6
     a = word(src + tl.where(tail, 48, lane * 8), ALIGN)
     b = word(src + tl.where(tail, 48, lane * 8 + 4), ALIGN)
@@ -47,30 +55,26 @@ def tq1_0(src, out, n_blocks, ALIGN: tl.constexpr, LANES: tl.constexpr):
     a1 = (((a >> 8) & 0x00FF00FF) * skip_a) & 0x00FF00FF
     b0 = ((b & 0x00FF00FF) * skip_b) & 0x00FF00FF
     b1 = (((b >> 8) & 0x00FF00FF) * skip_b) & 0x00FF00FF
-    out += tl.where(lane < 4, lane * 8, 128 + lane * 8 + tl.where(tail, 64, 0))
-    step = tl.where(lane < 4, 32, 16)
-    for n in tl.static_range(5):
+    qs = ()
+    for _ in tl.static_range(5):
         a0 = a0 * 3
         a1 = a1 * 3
         b0 = b0 * 3
         b1 = b1 * 3
-        y = join8(
-            field(a0, magic, 8, 2, MINUS=1),
-            field(a1, magic, 8, 2, MINUS=1),
-            field(a0, magic, 24, 2, MINUS=1),
-            field(a1, magic, 24, 2, MINUS=1),
-            field(b0, magic, 8, 2, MINUS=1),
-            field(b1, magic, 8, 2, MINUS=1),
-            field(b0, magic, 24, 2, MINUS=1),
-            field(b1, magic, 24, 2, MINUS=1),
+        qs += (
+            join8(
+                field(a0, magic, 8, 2, MINUS=1),
+                field(a1, magic, 8, 2, MINUS=1),
+                field(a0, magic, 24, 2, MINUS=1),
+                field(a1, magic, 24, 2, MINUS=1),
+                field(b0, magic, 8, 2, MINUS=1),
+                field(b1, magic, 8, 2, MINUS=1),
+                field(b0, magic, 24, 2, MINUS=1),
+                field(b1, magic, 24, 2, MINUS=1),
+            ),
         )
-        y = (y * d).to(out.dtype.element_ty)
-        chunk = (out + n * step)[:, None] + tl.arange(0, 8)[None, :]
-        if n == 0:
-            tl.store(chunk, y)
-        else:
-            tl.store(chunk, y, mask=(lane < 6)[:, None])
         a0 = a0 & 0x00FF00FF
         a1 = a1 & 0x00FF00FF
         b0 = b0 & 0x00FF00FF
         b1 = b1 & 0x00FF00FF
+    return qs, (), (d,), (), ()

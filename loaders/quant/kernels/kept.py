@@ -1,0 +1,70 @@
+"""Compiled kernels, kept by what they were compiled for, and started with as little Python as Triton allows.
+
+[Note: Variants]
+A program compiles once for each type, data type and alignment (and, to multiply, row length and number of rows of x),
+0.1 to 1 s each, and Triton keeps the result on disk. Finding a compiled program again costs Triton more time than a
+small tensor takes to dequantise, so they are kept here and started directly. Their number is bounded by what they are
+compiled for and by the devices; a model uses a handful.
+
+[Note: Direct]
+`CompiledKernel[grid]` asks for the device, the stream and the launch hooks, and CUDA for the attributes of every
+pointer. What it calls at last, `run`, has had the same arguments in every Triton from 3.1 to
+3.6; in these it is called directly on CUDA. Elsewhere the public way is taken. Hooks of Triton's profiler do not see
+a direct launch; CUDA's profilers do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import triton
+
+DIRECT = torch.version.cuda is not None and triton.__version__.split(".")[:2] in [["3", str(n)] for n in range(1, 7)]
+
+_kept: dict[Hashable, tuple[Any, tuple]] = {}  # variant -> compiled kernel, its arguments after those of the call
+
+
+def start(
+    variant: Hashable, program: Any, programs: int, args: tuple, constants: Callable[[], tuple], warps: int
+) -> None:
+    """Run `programs` of `program` over `args`, a tensor first, on its device and that device's current stream.
+
+    Args:
+        variant: all that `program` is compiled for, the device included.
+        constants: makes the arguments after `args`; called when the variant is new.
+    """
+    device = args[0].device
+    # Triton launches on torch's current device, whichever device its arguments lie on.
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
+        if variant not in _kept:
+            rest = constants()
+            compiled = program[(programs, 1, 1)](*args, *rest, num_warps=warps)
+            if compiled is not None:  # Triton's interpreter compiles nothing
+                _kept[variant] = compiled, rest
+            return
+        compiled, rest = _kept[variant]
+        if DIRECT and device.type == "cuda":
+            stream = torch._C._cuda_getCurrentRawStream(device.index)
+            compiled.run(
+                programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *rest
+            )
+        else:
+            compiled[(programs, 1, 1)](*args, *rest)
+
+
+def bound(variant: Hashable, programs: int, index: int) -> Callable[..., None] | None:
+    """A kept variant with everything but its first arguments filled in, or None: then only `start` can run it.
+
+    The arguments are addresses and integers; device `index` must be the current one.
+    """
+    if not DIRECT or variant not in _kept:
+        return None
+    compiled, rest = _kept[variant]
+    run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
+    stream = torch._C._cuda_getCurrentRawStream
+    rest = tuple(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in rest)  # the tables are never freed
+    return lambda *args: run(programs, 1, 1, stream(index), function, packed, None, None, None, *args, *rest)
