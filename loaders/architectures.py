@@ -39,9 +39,9 @@ _NAMES: tuple[tuple[str, str], ...] = (
 
 # What to do with a file of that kind.
 REMEDIES = {
-    TEXT_ENCODER: "load it with 'Load CLIP (GGUF)' instead, and choose a diffusion model here",
-    MMPROJ: "it is found by itself beside its text encoder; choose a diffusion model here",
-    LORA: "load it with 'Apply LoRA' instead, and choose a diffusion model here",
+    TEXT_ENCODER: "load it with a loader of text encoders (CLIP) that reads GGUF, and choose a diffusion model here",
+    MMPROJ: "it belongs to its text encoder, keep it beside that; choose a diffusion model here",
+    LORA: "load it with a LoRA loader, behind this node, and choose a diffusion model here",
     VAE: "load a VAE with ComfyUI's 'Load VAE', and choose a diffusion model here",
 }
 

@@ -10,7 +10,9 @@ made again by the host from its path, which core's hooks, device selectors and m
 
 from __future__ import annotations
 
+import gc
 import logging
+import traceback
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -25,12 +27,12 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP
 
 from . import architectures, diffusers_names
-from .fit import INCOMPLETE_MODEL, fill_missing, host_builds
+from .fit import INCOMPLETE_MODEL, built, fill_missing, host_builds, make_plain_elsewhere
 from .gguf.errors import shown
 from .gguf.reader import GGUFError, GGUFFile
 from .ops import make_ops
 from .patcher import patching_at_use
-from .tensors import state_dict
+from .tensors import state_dict, with_plain_projections
 
 log = logging.getLogger("sluice.loaders")
 
@@ -67,8 +69,8 @@ def load_diffusion_model(
     file = GGUFFile(path)
     try:
         model = _build(file, compute_dtype, disable_dynamic)
-    except Exception:
-        file.close()
+    except Exception as error:
+        _let_go(file, error)
         raise
     model.cached_patcher_init = (load_diffusion_model, (str(path), compute_dtype))
     model.set_attachments(ATTACHMENT, _described(file))
@@ -98,13 +100,18 @@ def _build(file: GGUFFile, compute_dtype: torch.dtype | None, disable_dynamic: b
     manual_cast = None if chosen else comfy.model_management.unet_manual_cast(storage, device, supported)
     options = {"dtype": storage, "custom_operations": make_ops(storage, manual_cast)}
     with host_builds(file):
-        model = comfy.sd.load_diffusion_model_state_dict(
-            dict(tensors), model_options=options, metadata=metadata, disable_dynamic=disable_dynamic
+        load = partial(
+            comfy.sd.load_diffusion_model_state_dict,
+            model_options=options,
+            metadata=metadata,
+            disable_dynamic=disable_dynamic,
         )
+        model = built(load, tensors)
         if unet is not None:
             names = comfy.utils.unet_to_diffusers(unet.unet_config)
             tensors = {names[name]: tensor for name, tensor in tensors.items() if name in names}
         fill_missing(file, model.model.diffusion_model, config.process_unet_state_dict(tensors))
+        make_plain_elsewhere(model.model.diffusion_model, storage)
     model.model.manual_cast_dtype = manual_cast
     return patching_at_use(model)
 
@@ -114,8 +121,9 @@ def _with_host_names(file: GGUFFile, metadata: dict | None) -> dict[str, torch.T
     tensors = state_dict(file)
     prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
     tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)} or tensors
-    if comfy.model_detection.model_config_from_unet(tensors, "", metadata=metadata) is not None:
-        return tensors
+    for candidate in (tensors, with_plain_projections(tensors)):
+        if comfy.model_detection.model_config_from_unet(candidate, "", metadata=metadata) is not None:
+            return candidate
     try:
         return diffusers_names.convert(tensors, comfy.model_detection.convert_diffusers_mmdit) or tensors
     except (ValueError, RuntimeError) as error:  # the latter is the host's, where shapes of two parts disagree
@@ -135,6 +143,22 @@ def _not_a_diffusion_model(file: GGUFFile) -> GGUFError:
         f"beginning with {first})",
         "update ComfyUI; if it is up to date, the model is not supported in this form: look for another conversion",
     )
+
+
+def _let_go(file: GGUFFile, error: BaseException) -> None:
+    """Nothing of a refused file stays mapped, else Windows would not let anybody replace it: whoever shows the error
+    keeps its traceback, and that the tensors in the frames of the functions that have ended."""
+    seen: set[int] = set()
+    chain = [error]
+    while chain:
+        link = chain.pop()
+        if id(link) in seen:
+            continue
+        seen.add(id(link))
+        traceback.clear_frames(link.__traceback__)
+        chain += [cause for cause in (link.__cause__, link.__context__) if cause is not None]
+    if not file.close():
+        gc.collect()  # a half-made model has references in circles
 
 
 def _check_file(file: GGUFFile, patcher: ModelPatcher) -> None:

@@ -2,8 +2,8 @@
 
 Quantised matrices become `QuantizedTensor`s over the file mapping, plain types become torch tensors over it; both
 tell the host where their bytes lie. Three repairs make the shapes what the model expects: `comfy.gguf.orig_shape`
-(the converter flattened a tensor), a 5-D convolution that ggml's four dimensions folded, and quantised vectors or
-parameters that no layer of ours owns, which become plain tensors here because they are small.
+(the converter flattened a tensor), a 5-D convolution that ggml's four dimensions folded, and leading dimensions of 1
+that ggml does not count. Quantised vectors and what is no `.weight` become plain tensors here because they are small.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .gguf.errors import DAMAGED, shown
 from .gguf.reader import GGUFError, GGUFFile, TensorInfo
 from .gguf.types import NO_REFERENCE, PLAIN, GGMLType
 from .quant.dispatch import dequantize
-from .quant.layout import quantized
+from .quant.layout import is_gguf, quantized, with_params
 
 # Below this many bytes a weight is dequantised when it is loaded: the host keeps modules this small resident and
 # plain anyway, and a kernel launch would cost more than the bytes save.
@@ -37,6 +37,21 @@ TORCH_DTYPES = {
     GGMLType.I32: torch.int32,
     GGMLType.I64: torch.int64,
 }
+
+# ggml's `ggml_n_dims` ignores outer dimensions of 1, and what writes a file by it (stable-diffusion.cpp, llama.cpp)
+# drops them. These parameters have them in every model of the host that has the name (comfy/ldm: wan/model.py,
+# wan/model_animate.py, joyimage/model.py, modules/diffusionmodules/mmdit.py, aura/mmdit.py, lumina/model.py,
+# krea2/model.py), and the host's detection reads some. Last parts of the name -> dimensions.
+RANKS = {
+    **dict.fromkeys(("modulation", "modulate_table", "emb_pos"), 3),
+    **dict.fromkeys(("pos_embed", "positional_encoding", "register_tokens"), 3),
+    **dict.fromkeys(("x_pad_token", "cap_pad_token", "siglip_pad_token"), 2),
+    "padding_tokens": 4,
+    "txtfusion.projector.weight": 2,
+}
+
+# Matrices that stable-diffusion.cpp writes as convolutions of one pixel.
+_PIXEL_CONVOLUTIONS = (".proj_in.weight", ".proj_out.weight")
 
 
 def state_dict(file: GGUFFile) -> dict[str, torch.Tensor]:
@@ -96,4 +111,21 @@ def _logical_shape(file: GGUFFile, info: TensorInfo, biases: dict[str, int]) -> 
     out_channels = biases.get(info.name.removesuffix(".weight") + ".bias", 0)
     if len(info.shape) == 4 and 0 < out_channels < info.shape[0] and info.shape[0] % out_channels == 0:
         return (out_channels, info.shape[0] // out_channels, *info.shape[1:])
-    return info.shape
+    rank = next((rank for end, rank in RANKS.items() if f".{info.name}".endswith(f".{end}")), 0)
+    return (1,) * (rank - len(info.shape)) + info.shape
+
+
+def reshaped(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """The same bytes under another shape of as many elements."""
+    return with_params(tensor, orig_shape=shape) if is_gguf(tensor) else tensor.view(shape)
+
+
+def with_plain_projections(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same tensors with the projections of a UNet's transformers as matrices, as SDXL has them. SD 1.5 really has
+    convolutions there, so this is for a model that is not recognised without."""
+    return {
+        name: reshaped(tensor, tuple(tensor.shape[:2]))
+        if name.endswith(_PIXEL_CONVOLUTIONS) and tensor.dim() > 2 and tensor.shape[2:].numel() == 1
+        else tensor
+        for name, tensor in tensors.items()
+    }

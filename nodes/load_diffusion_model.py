@@ -43,16 +43,20 @@ class LoadDiffusionModel(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model_name: str) -> bool | str:
+    def validate_inputs(cls, model_name: str | None = None) -> bool | str:
+        # A name that another node supplies is not known yet, and so None; execute() looks for the file.
         try:
-            model_files.find(FOLDERS, model_name)
+            if model_name is not None:
+                model_files.find(FOLDERS, model_name)
         except FileNotFoundError as error:
             return str(error)
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str, compute_dtype: str = "auto") -> str:
-        return model_files.stamp(FOLDERS, model_name)
+    def fingerprint_inputs(cls, model_name: str | None = None, compute_dtype: str | None = "auto") -> str:
+        # Which file a linked name will be is not known yet, so a change of any of them counts.
+        names = model_files.names(FOLDERS) if model_name is None else [model_name]
+        return "; ".join(model_files.stamp(FOLDERS, name) for name in names)
 
     @classmethod
     def execute(cls, model_name: str, compute_dtype: str = "auto") -> io.NodeOutput:

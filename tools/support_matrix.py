@@ -51,7 +51,7 @@ def quant_types() -> list[str]:
         plain = block.elements == 1
         weights = "one" if plain else str(block.elements)
         kernel = "needs none" if plain else "yes" if kind.name in kernels else "no"
-        row = (weights, "yes", kernel) if kind in IMPLEMENTED else ("any", "no, refused with an error", "no")
+        row = (weights, *(("yes", kernel) if kind in IMPLEMENTED else ("no, refused with an error", "no")))
         rows.setdefault(row, []).append((8 * block.nbytes / block.elements, kind.name))
     lines = ["| weights in a block | types (bits for each weight) | plain torch | Triton kernel |", "|-|-|-|-|"]
     for (weights, loads, kernel), found in sorted(rows.items(), key=lambda item: item[0][1] != "yes"):

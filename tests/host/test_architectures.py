@@ -44,4 +44,4 @@ def test_latent_equals_the_hosts(compared, version: str, name: str) -> None:
     # A weight of the file is in use: the latent changes when that weight is zero.
     assert found["difference_without_probe"] > 0, found["probe"]
     # The model holds the file's blocks, not dense weights.
-    assert found["bytes"]["ours"] < found["bytes"]["theirs"] / 2, found["bytes"]
+    assert found["bytes"]["ours"] < found["bytes"]["theirs"] / 2 or tiny.plain_parts, found["bytes"]

@@ -25,6 +25,8 @@ LOADER, SAMPLER = "1", "6"
 GOOD = demo.GGUF_FILES["Q8_0"]
 CORRUPT = "it is damaged or was written by a faulty tool, download or convert it again"
 INCOMPLETE = "it is incomplete or was converted wrongly, download or convert it again"
+UNFITTING = "this version of ComfyUI and ComfyUI-Sluice do not fit each other (update both)"
+DETECTION = "in ComfyUI/comfy/model_detection.py:"
 CHOOSE = "choose a diffusion model here"
 CUT_OFF = "it is incomplete, download it again"
 
@@ -55,8 +57,8 @@ def workflow(model: str, **loader_inputs: object) -> Workflow:
     return {node: {"class_type": types[node], "inputs": values} for node, values in inputs.items()}
 
 
-def latent(server: Server, model: str, seed: int | None = None) -> np.ndarray:
-    prompt = workflow(model)
+def latent(server: Server, model: str | Workflow, seed: int | None = None) -> np.ndarray:
+    prompt = workflow(model) if isinstance(model, str) else model
     if seed is not None:
         prompt[SAMPLER]["inputs"]["seed"] = seed
     saved = server.queue(prompt)["7"]["latents"][0]
@@ -194,17 +196,17 @@ OTHER_KINDS: dict[str, tuple[dict[str, object], Tensors, tuple[str, ...]]] = {
     "T5 by its tensors": (
         {},
         matrices("token_embd.weight", "enc.blk.0.attn_q.weight"),
-        ("a text encoder", "'Load CLIP (GGUF)'", CHOOSE),
+        ("a text encoder", "a loader of text encoders (CLIP)", CHOOSE),
     ),
     "LLM by its tensors": (
         {"general.architecture": "qwen3"},
         matrices("output_norm.weight", BLOCK),
-        ("a text encoder", "'Load CLIP (GGUF)'", CHOOSE),
+        ("a text encoder", "a loader of text encoders (CLIP)", CHOOSE),
     ),
     "T5 by its architecture": (
         {"general.architecture": "t5"},
         matrices("shared.weight"),
-        ("a text encoder", "'Load CLIP (GGUF)'", CHOOSE),
+        ("a text encoder", "a loader of text encoders (CLIP)", CHOOSE),
     ),
     "mmproj by its tensors": (
         {"general.architecture": "clip"},
@@ -219,19 +221,19 @@ OTHER_KINDS: dict[str, tuple[dict[str, object], Tensors, tuple[str, ...]]] = {
     "LoRA of diffusers": (
         {"general.architecture": "flux"},
         matrices("transformer.blocks.0.attn.to_q.lora_A.weight", "transformer.blocks.0.attn.to_q.lora_B.weight"),
-        ("a LoRA", "'Apply LoRA'", CHOOSE),
+        ("a LoRA", "a LoRA loader", CHOOSE),
     ),
     "LoRA of kohya": (
         {},
         matrices("lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"),
-        ("a LoRA", "'Apply LoRA'", CHOOSE),
+        ("a LoRA", "a LoRA loader", CHOOSE),
     ),
     "LoRA of llama.cpp": (
         {"general.architecture": "qwen3", "general.type": "adapter"},
         matrices(f"{BLOCK}.lora_a", f"{BLOCK}.lora_b"),
-        ("a LoRA", "'Apply LoRA'", CHOOSE),
+        ("a LoRA", "a LoRA loader", CHOOSE),
     ),
-    "LoKr": ({}, matrices("diffusion_model.blocks.0.attn.lokr_w1"), ("a LoRA", "'Apply LoRA'", CHOOSE)),
+    "LoKr": ({}, matrices("diffusion_model.blocks.0.attn.lokr_w1"), ("a LoRA", "a LoRA loader", CHOOSE)),
     "VAE": (
         {},
         matrices("encoder.conv_in.weight", "decoder.conv_out.weight"),
@@ -278,7 +280,7 @@ UNFIT: dict[str, tuple[Callable[[Tensors], bytes], tuple[str, ...]]] = {
     "the last layer missing": (without("final_layer."), ("final_layer", INCOMPLETE)),
     "what detection reads missing": (
         without("x_embedder.proj.weight"),
-        ("ComfyUI cannot make a model of its tensors", "'x_embedder.proj.weight'", INCOMPLETE),
+        ("ComfyUI cannot make a model of its tensors", "'x_embedder.proj.weight'", DETECTION, UNFITTING),
     ),
     "a wrong shape": (
         reshaped("joint_blocks.0.x_block.attn.proj.weight", (256, 128)),
@@ -294,7 +296,7 @@ UNFIT: dict[str, tuple[Callable[[Tensors], bytes], tuple[str, ...]]] = {
     ),
     "a scalar where detection reads a shape": (
         reshaped("x_embedder.proj.weight", ()),
-        ("ComfyUI cannot make a model of its tensors", INCOMPLETE),
+        ("ComfyUI cannot make a model of its tensors", DETECTION, UNFITTING),
     ),
     "orig_shape of other size": (stating(b.array(b.INT32, [256, 16, 2, 3])), (ORIG_SHAPE, "[256, 16, 2, 3]", CORRUPT)),
     "orig_shape negative": (stating(b.array(b.INT32, [-256, -16, 2, 2])), (ORIG_SHAPE, CORRUPT)),
@@ -387,6 +389,25 @@ def test_replaced_file_is_used_at_once(demo_server: Server, place, tensors: Tens
     after = latent(demo_server, path.name, FIXED_SEED)
     assert not np.array_equal(before, after)
     assert np.array_equal(after, latent(demo_server, place("second.gguf", second).name, FIXED_SEED))
+
+
+def linked(model: str) -> Workflow:
+    """The model's name comes from another node."""
+    prompt = workflow(model)
+    prompt["8"] = {"class_type": "ComfySwitchNode", "inputs": {"switch": True, "on_true": model, "on_false": GOOD}}
+    prompt[LOADER]["inputs"]["model_name"] = ["8", 0]
+    return prompt
+
+
+def test_name_from_another_node(demo_server: Server, place, tensors: Tensors) -> None:
+    path = place("linked.gguf", written(tensors))
+    first = latent(demo_server, linked(path.name), FIXED_SEED)
+    assert np.array_equal(first, latent(demo_server, path.name, FIXED_SEED))
+    rename_over(path, written(another(tensors)))
+    assert not np.array_equal(first, latent(demo_server, linked(path.name), FIXED_SEED))
+    with pytest.raises(PromptFailed) as failed:
+        demo_server.queue(linked("nowhere.gguf"))
+    expect(failed.value.node_errors[LOADER], "'nowhere.gguf' is in none of the model folders")
 
 
 @REPLACE

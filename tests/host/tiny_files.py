@@ -28,6 +28,7 @@ COMMON = ["Q8_0", "Q4_K", "Q6_K", "Q8_0", "Q4_0", "BF16", "Q5_K", "Q8_0", "F16",
 ROWS_OF_256 = [*COMMON, "IQ4_XS", "Q2_K", "Q4_1", "IQ3_S", "Q5_0", "IQ2_XXS"]
 ROWS_OF_32 = ["Q8_0", "Q4_0", "Q8_0", "BF16", "Q5_1", "Q8_0", "IQ4_NL", "F16", "Q5_0", "Q8_0", "Q4_1"]
 OTHER_ROWS = ["F16", "BF16", "F32"]
+SMALL = 1024  # elements; what has fewer stays F32
 
 # gguf-py dequantises these but cannot quantise: where in a block its float16 scales lie (ggml-common.h).
 SCALES = {
@@ -148,13 +149,30 @@ def store(values: np.ndarray, kind: Type, seed: int) -> np.ndarray:
     return gguf.quants.quantize(values, kind)
 
 
-# The true shapes, 5-D ones included, as city96's fix_5d_tensors.py writes them; rows of 256 wherever the elements
-# allow, with the true shape in `comfy.gguf.orig_shape.<key>`, as city96's convert.py does for SD1 and SDXL; or the
-# first two of five dimensions folded into one and nothing noted, as ggml's four dimensions make sd.cpp do.
-LAYOUTS: dict[str, Callable[[Shape], Shape]] = {
-    "true": lambda shape: shape,
-    "rearranged": lambda shape: (prod(shape) // 256, 256) if shape[-1] % 256 and prod(shape) % 256 == 0 else shape,
-    "folded": lambda shape: (shape[0] * shape[1], *shape[2:]) if len(shape) == 5 else shape,
+def rearranged(key: str, shape: Shape) -> Shape:
+    wanted = len(shape) > 1 and prod(shape) >= SMALL and shape[-1] % 256 and prod(shape) % 256 == 0
+    return (prod(shape) // 256, 256) if wanted else shape
+
+
+def dropped(key: str, shape: Shape) -> Shape:
+    return dropped(key, shape[1:]) if len(shape) > 1 and shape[0] == 1 else shape
+
+
+def pixel_convolutions(key: str, shape: Shape) -> Shape:
+    return (*shape, 1, 1) if key.endswith((".proj_in.weight", ".proj_out.weight")) and len(shape) == 2 else shape
+
+
+# How a file has a tensor's shape. "true" and "folded": 5-D ones as they are, as city96's fix_5d_tensors.py writes them,
+# or the first two of five dimensions folded into one and nothing noted, as ggml's four dimensions make sd.cpp do.
+# "rearranged": rows of 256 wherever the elements allow, with the true shape in `comfy.gguf.orig_shape.<key>`, as
+# city96's convert.py does for SD1 and SDXL. "dropped": without the leading dimensions of 1, which `ggml_n_dims` does
+# not count. "pixel_convolutions": SDXL's projections as sd.cpp has them.
+LAYOUTS: dict[str, Callable[[str, Shape], Shape]] = {
+    "true": lambda key, shape: shape,
+    "rearranged": rearranged,
+    "folded": lambda key, shape: (shape[0] * shape[1], *shape[2:]) if len(shape) == 5 else shape,
+    "dropped": dropped,
+    "pixel_convolutions": pixel_convolutions,
 }
 
 
@@ -162,10 +180,10 @@ def tensors_of(tiny: TinyModel) -> dict[str, Tensor]:
     """The tiny model in a mixture of types; call it within `shrunk`."""
     tensors = {}
     for index, (key, values) in enumerate(state_dict(tiny).items()):
-        if values.ndim < 2 or values.size < 1024:
-            kinds, stored_shape = ["F32"], values.shape
+        stored_shape = LAYOUTS[tiny.layout](key, values.shape)
+        if values.ndim < 2 or values.size < SMALL:
+            kinds = ["F32"]
         else:
-            stored_shape = LAYOUTS[tiny.layout](values.shape)
             row = stored_shape[-1]
             kinds = OTHER_ROWS if row % 32 else ROWS_OF_32 if row % 256 else ROWS_OF_256
         kind = Type[kinds[index % len(kinds)]]

@@ -53,3 +53,4 @@ class TinyModel:
     probe: str = ""  # a part of the key of a weight that the latent must depend on; empty: the largest
     seed: int = 0
     host_follows_file: bool = False  # the host computes parts of it in the file's dtype, whatever it was told
+    plain_parts: bool = False  # much of it is no layer of ours and so plain in memory

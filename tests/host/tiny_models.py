@@ -1,4 +1,5 @@
-"""All tiny models, one or more for each architecture, and some again under other spellings of their keys."""
+"""All tiny models, one or more for each architecture, and some again under other spellings of their keys or layouts of
+their shapes."""
 
 from __future__ import annotations
 
@@ -20,8 +21,13 @@ DIALECTS_TRIED = (
     ("aura", "diffusers"),
     ("hunyuan_video", "original"),
 )
+LAYOUTS_TRIED = (
+    *((name, "dropped") for name in ("wan21_t2v", "z_image", "sd3", "aura", "joyimage", "krea2")),
+    ("sdxl_prefixed", "pixel_convolutions"),
+)
 
 ARCHITECTURES: dict[str, TinyModel] = IMAGE_MODELS | VIDEO_MODELS
 ARCHITECTURES |= {
     f"{name}_{dialect}": replace(ARCHITECTURES[name], dialect=dialect) for name, dialect in DIALECTS_TRIED
 }
+ARCHITECTURES |= {f"{name}_{layout}": replace(ARCHITECTURES[name], layout=layout) for name, layout in LAYOUTS_TRIED}

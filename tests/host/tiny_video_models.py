@@ -60,6 +60,21 @@ VIDEO_MODELS: dict[str, TinyModel] = {
     "wan22_t2v_low_noise": TinyModel("WAN21_T2V", "wan", VIDEO, UMT5, wan(), seed=2),
     "wan22_i2v": TinyModel("WAN21_T2V", "wan", VIDEO, UMT5, wan(36)),
     "wan22_5b": TinyModel("WAN22_T2V", "wan", (1, 48, 3, 8, 8), UMT5, wan(48, 48), layout="folded"),
+    # Its motion encoder is made of the host's own modules. It runs only where the conditioning has faces, which must
+    # have 512 pixels and so take a minute; odd_files.py compares its weights instead.
+    "wan22_animate": TinyModel(
+        "WAN22_Animate",
+        "wan",
+        VIDEO,
+        UMT5,
+        wan(36)
+        | {f"blocks.{i}.ffn.0.weight": (512, WIDTH) for i in range(5)}
+        | {"face_adapter.fuser_blocks.0.k_norm.weight": (128,)},
+        layout="rearranged",
+        probe="blocks.0.ffn.",
+        hosts=NEWEST,
+        plain_parts=True,
+    ),
     "hunyuan_video": TinyModel(
         "HunyuanVideo",
         "hyvid",

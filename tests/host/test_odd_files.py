@@ -1,0 +1,24 @@
+"""Files whose models have parts that need special care: modules of the host's own, optional parts, refused files."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("odd_files.py")
+CHECKS = re.findall(r"^def check_(\w+)", SCRIPT.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.fixture(scope="session")
+def outcomes(run_in_host, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    lines = run_in_host(SCRIPT, str(tmp_path_factory.mktemp("odd"))).splitlines()
+    results = [json.loads(line) for line in lines if line.startswith('{"check"')]
+    return {r["check"]: r["failure"] for r in results}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_odd_file(outcomes: dict[str, str], check: str) -> None:
+    assert not outcomes[check], outcomes[check]
