@@ -1,0 +1,112 @@
+"""The kernel's own cache of the file as the pinned memory: registered read-only, copied by the GPU, no copy in RAM.
+
+The mapping is this module's own, read-only and shared. Never a private writable one: registering it succeeds, and
+quietly copies every page of it into anonymous memory. Only the pages that streamed weights lie on are registered, in
+pieces of a bounded size. The CPU never touches the mapping, so that a file that is cut off meanwhile cannot kill the
+process: the registered pages stay until they are unregistered, and `check` reports the change.
+"""
+
+from __future__ import annotations
+
+import mmap
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+
+from .errors import RefusedError
+from .files import Key, OpenFiles, Weight, WeightFile, streamed_bytes
+from .host_memory import HostSource, Request, hold_memory
+from .registration import Registrar
+
+REGISTER_BYTES = 1 << 30
+PAGE = mmap.PAGESIZE
+SHARE_OF_FREE_RAM = 0.8  # locked pages cannot be evicted: what other programs and this one still need must fit beside
+
+
+def page_cache(request: Request) -> HostSource:
+    """Registers the files' pages in place. RefusedError where driver, GPU, system or settings do not allow it."""
+    in_files = request.in_files
+    refusal = _refusal(request, in_files)
+    if refusal:
+        raise RefusedError(refusal)
+    began = time.perf_counter()
+    source = HostSource("page_cache", request.device, OpenFiles(request.weights.values()))
+    try:
+        for file in source.files.all():
+            weights = {key: weight for key, weight in in_files.items() if weight.file == file.stored}
+            mapped = RegisteredFile(file, request.device.registrar)
+            source.owners.append(mapped)
+            mapped.register(used_spans(weights.values(), file.stored.size))
+            source.pieces.update((key, mapped.pieces(weight)) for key, weight in weights.items())
+        others = hold_memory(source, request)
+    except BaseException:
+        source.close()
+        raise
+    source.reason = (
+        f"registered {streamed_bytes(in_files) / 1e9:.2f} GB of the file's cached pages "
+        f"in {time.perf_counter() - began:.2f} s{others}"
+    )
+    return source
+
+
+def _refusal(request: Request, in_files: dict[Key, Weight]) -> str | None:
+    if not in_files:
+        return "no weight is in a file"
+    if not request.may_pin:
+        return "pinned memory is switched off"
+    needed, room = streamed_bytes(in_files), int(request.free_ram_bytes * SHARE_OF_FREE_RAM)
+    if needed > room:
+        return f"{needed / 1e9:.2f} GB of the file would be locked in RAM, which has room for {room / 1e9:.2f} GB"
+    return request.device.registrar.read_only_refusal()
+
+
+def used_spans(weights: Iterable[Weight], size: int) -> list[tuple[int, int]]:
+    """The pages that the weights lie on, as (start, end) in the file; neighbours are one span."""
+    spans: list[tuple[int, int]] = []
+    for weight in sorted(weights, key=lambda weight: weight.offset):
+        start = weight.offset // PAGE * PAGE
+        end = min(-(-(weight.offset + weight.nbytes) // PAGE) * PAGE, size)
+        if spans and start <= spans[-1][1]:
+            spans[-1] = (spans[-1][0], max(end, spans[-1][1]))
+        elif weight.nbytes:
+            spans.append((start, end))
+    return spans
+
+
+class RegisteredFile:
+    """A mapping of one file and the ranges of it that are registered."""
+
+    def __init__(self, file: WeightFile, registrar: Registrar) -> None:
+        self._map = mmap.mmap(file.fileno(), file.stored.size, access=mmap.ACCESS_READ)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            self._data = torch.from_numpy(np.frombuffer(self._map, dtype=np.uint8))
+        self._registrar = registrar
+        self._ends: dict[int, int] = {}  # of every registered range
+
+    def register(self, spans: list[tuple[int, int]]) -> None:
+        for begin, end in spans:
+            for start in range(begin, end, REGISTER_BYTES):
+                stop = min(start + REGISTER_BYTES, end)
+                self._registrar.register(self._data.data_ptr() + start, stop - start, read_only=True)
+                self._ends[start] = stop
+
+    def pieces(self, weight: Weight) -> list[tuple[int, torch.Tensor]]:
+        """A weight, cut where a registration ends: one copy may not read from two."""
+        return [(start - weight.offset, self._data[start:stop]) for start, stop in self._cut(weight)]
+
+    def _cut(self, weight: Weight) -> Iterator[tuple[int, int]]:
+        for begin, end in self._ends.items():
+            start, stop = max(begin, weight.offset), min(end, weight.offset + weight.nbytes)
+            if start < stop:
+                yield start, stop
+
+    def close(self) -> None:
+        while self._ends:
+            start, _ = self._ends.popitem()
+            self._registrar.unregister(self._data.data_ptr() + start)
+        del self._data
+        self._map.close()

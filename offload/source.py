@@ -1,0 +1,86 @@
+"""Choose where streamed weights come from: the first rung of a ladder that works here, with the reason.
+
+    page_cache   the file's cached pages, registered in place           no RAM of its own, full speed
+    pinned       a copy in locked memory                                RAM for all that streams, full speed
+    disk         read again every step through a pinned ring            256 MiB of RAM, the disk's speed
+    memory       weights that are in RAM to begin with, where they are  full speed if they are pinned
+
+That a rung is refused is normal and changes nothing but the speed. A file that cannot be read or is not the one that
+was loaded is an error on every rung.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import psutil
+
+from .device import Device
+from .disk import disk
+from .errors import RefusedError, StreamError
+from .files import Key, Weight
+from .host_memory import Request, Source, memory, pinned
+from .page_cache import page_cache
+
+log = logging.getLogger("sluice.offload")
+
+AUTO = "auto"
+LADDER: dict[str, Callable[[Request], Source]] = {
+    "page_cache": page_cache,
+    "pinned": pinned,
+    "disk": disk,
+    "memory": memory,
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A source, and why the rungs above it were not taken."""
+
+    source: Source
+    refusals: tuple[tuple[str, str], ...]
+
+    @property
+    def reason(self) -> str:
+        refused = "".join(f"; not {rung}: {why}" for rung, why in self.refusals)
+        return f"{self.source.kind}: {self.source.reason}{refused}"
+
+
+def choose(
+    weights: Mapping[Key, Weight],
+    device: Device,
+    *,
+    ram_budget_bytes: int,
+    kind: str = AUTO,
+    free_ram_bytes: int | None = None,
+    may_pin: bool = True,
+    threads: int = 8,
+) -> Choice:
+    """The best source for `weights`, which must be in the order of the plan's copies.
+
+    Args:
+        ram_budget_bytes: how much memory of its own the source may lock.
+        kind: where on the ladder to begin. What is refused there falls to the rungs below.
+        free_ram_bytes: what the system has left, its file cache included; measured if not given.
+        may_pin: False where the user switched pinned memory off.
+
+    Raises:
+        SourceError: a file is not what was loaded, or cannot be read.
+    """
+    if kind != AUTO and kind not in LADDER:
+        raise ValueError(f"there is no weight source {kind!r}; choose {AUTO}, {', '.join(LADDER)}")
+    free = psutil.virtual_memory().available if free_ram_bytes is None else free_ram_bytes
+    request = Request(weights, device, ram_budget_bytes, free, may_pin, threads)
+    rungs = list(LADDER)
+    refusals: list[tuple[str, str]] = []
+    for rung in rungs[0 if kind == AUTO else rungs.index(kind) :]:
+        try:
+            choice = Choice(LADDER[rung](request), tuple(refusals))
+        except RefusedError as refusal:
+            refusals.append((rung, str(refusal)))
+            continue
+        log.info("streamed weights come from %s", choice.reason)
+        return choice
+    raise StreamError(f"no source for the streamed weights: {'; '.join(f'{rung}: {why}' for rung, why in refusals)}")
