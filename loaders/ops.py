@@ -10,6 +10,8 @@ The ops class is made per model (`make_ops`), so two loaded models never share a
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,6 +45,7 @@ class MappedLayer(torch.nn.Module):
         self._away: dict[str, torch.nn.Parameter] = {}
         self._cast_bias: tuple[torch.Tensor, torch.Tensor] | None = None
         self._bound: tuple[Any, torch.dtype, dispatch.Weight] | None = None
+        self._last: Callable[[], Any] = lambda: None  # a weak reference to the last weight
         super().__init__(*args, device="meta", **kwargs)
 
     def _load_from_state_dict(
@@ -123,10 +126,15 @@ class MappedLayer(torch.nn.Module):
         return_weight: bool = False,
         **kwargs: Any,
     ) -> torch.Tensor | None:
-        """The host hands back a weight: put it in as it is, a quantised type is never made again."""
-        weight = weight.to(self.compute_dtype) if not isinstance(weight, QuantizedTensor) else weight
+        """The host hands back a weight: put it in as it is, a quantised type is never made again.
+
+        With `inplace_update` the host keeps the tensor (hooks cache it) and later writes over the layer's.
+        """
+        if not isinstance(weight, QuantizedTensor):
+            weight = weight.to(self.compute_dtype, copy=inplace_update)
         if return_weight:
             return weight
+        self._away.pop("weight", None)  # else what lay on the device would stay there unused
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
         return None
 
@@ -182,13 +190,17 @@ class MappedLinear(MappedLayer):
         return torch.nn.functional.linear(input, plain, bias)
 
     def _dense(self, weight: Any, dtype: torch.dtype) -> torch.Tensor:
-        """The dense weight, by a bound call where the weight is the layer's own and so stays where it is."""
+        """The dense weight; by a bound call from the third time on that the same tensor comes, which then stays where
+        it is: the layer's own, or what the dynamic patcher holds in a page. One that is streamed is new each time."""
+        bound = self._bound
+        if bound is not None and bound[0] is weight and bound[1] == dtype:
+            return bound[2]()
         data, params = weight._qdata, weight._params
-        if weight is not self._parameters["weight"]:
-            return dispatch.dequantize(data, params.ggml_type, params.orig_shape, dtype)
-        if self._bound is None or self._bound[0] is not weight or self._bound[1] != dtype:
+        if self._last() is weight:
             self._bound = (weight, dtype, dispatch.bind(data, params.ggml_type, params.orig_shape, dtype))
-        return self._bound[2]()
+        else:
+            self._bound, self._last = None, weakref.ref(weight)
+        return dispatch.dequantize(data, params.ggml_type, params.orig_shape, dtype)
 
     def _in_scratch(self, input: torch.Tensor, data: torch.Tensor, params: Any) -> torch.Tensor:
         kept_for_backward = torch.is_grad_enabled() and input.requires_grad
@@ -253,7 +265,8 @@ class DenseLayer(torch.nn.Module):
 
 def _cast_dtype(layer: Any, input: torch.Tensor) -> torch.dtype:
     """A quantised weight travels under its own dtype, else the host would copy its bytes to retag them."""
-    return layer.weight.dtype if is_gguf(layer.weight) else input.dtype
+    weight = layer._parameters["weight"]
+    return weight._params.orig_dtype if is_gguf(weight) else input.dtype
 
 
 def make_ops(storage_dtype: torch.dtype, manual_cast_dtype: torch.dtype | None) -> type:

@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 FOLDER, MODE = Path(sys.argv[1]), sys.argv[2]
 ON_GPU = MODE.startswith("gpu")
@@ -28,6 +29,10 @@ sys.argv = [
 import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
+import comfy_aimdo.control  # noqa: E402
+
+if MODE == "gpu-dynamic":
+    comfy_aimdo.control.init(simple_vram_headroom=None)  # before its other modules are imported, as main.py does
 import comfy.hooks  # noqa: E402
 import comfy.memory_management  # noqa: E402
 import comfy.model_management  # noqa: E402
@@ -117,9 +122,6 @@ CASTS: set[int] = set()  # the layers (by id) whose weights came through the dyn
 
 def real_dynamic_vram() -> None:
     """Switch the host to its dynamic patcher on the GPU, as its main.py does."""
-    import comfy_aimdo.control
-
-    comfy_aimdo.control.init(simple_vram_headroom=None)
     devices = ((d.index, 0) for d in comfy.model_management.get_all_torch_devices())
     assert comfy_aimdo.control.init_devices(devices), "dynamic VRAM does not start on this machine"
     comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
@@ -187,9 +189,14 @@ def check_latent_equals_dequantised_safetensors() -> None:
     assert ("classic" not in MODE) == patcher.is_dynamic()
     assert len(weights(patcher)) > 40
     expected, first = latent(plain_model), latent(patcher)
-    assert torch.equal(first, expected)
+    if ON_GPU:
+        # Few rows are multiplied by the blocks themselves there, nearer to the exact product than a dense weight in
+        # 16 bits: one rounding of 2^-9 (bfloat16) in each layer, over 2 steps of 4 blocks, stays below 5 %.
+        assert (first - expected).norm() < 0.05 * expected.norm()
+    else:
+        assert torch.equal(first, expected)
     assert MODE not in ("granted", "refused") or len(CASTS) > 40
-    assert torch.equal(latent(patcher), expected), "a second run differs from the first"
+    assert torch.equal(latent(patcher), first), "a second run differs from the first"
     assert first.isfinite().all() and first.std() > 0.1
 
 
@@ -221,6 +228,8 @@ def check_sizes_are_the_files() -> None:
     assert abs(patcher.model_size() - total) < 0.1 * total
     for name, weight in weights(patcher).items():
         info = file.tensors[name.removeprefix("diffusion_model.")]
+        if info.ggml_type is not weight._params.ggml_type:
+            continue  # a small tensor, dequantised when it was loaded
         assert weight.nbytes == info.nbytes and tuple(weight.shape) == info.shape
         assert comfy.memory_management.vram_aligned_size(weight) < info.nbytes + 1024
 
@@ -229,6 +238,8 @@ def check_weights_are_the_mapping() -> None:
     patcher = load_diffusion_model(GGUF)
     file = patcher.get_attachment(ATTACHMENT).file
     for name, weight in weights(patcher).items():
+        if weight._params.ggml_type is not file.tensors[name.removeprefix("diffusion_model.")].ggml_type:
+            continue  # a small tensor, dequantised when it was loaded
         view = torch.frombuffer(file.view(name.removeprefix("diffusion_model.")), dtype=torch.uint8)
         assert weight._qdata.data_ptr() == view.data_ptr(), name
 
@@ -251,12 +262,13 @@ def check_moving_back_restores_the_mapping() -> None:
     home = {k: p.data_ptr() for k, p in network.named_parameters() if isinstance(p, QuantizedTensor)}
     layer = network.joint_blocks[0].x_block.attn.qkv
     assert layer.weight.device == CPU
-    layer.to(torch.bfloat16)  # stands for any device: the moved parameter is another tensor
-    assert isinstance(layer.weight, QuantizedTensor) and layer.weight.dtype == torch.bfloat16
-    layer.to(torch.float32)
+    dtype = layer.weight.dtype
+    layer.to(torch.float64)  # stands for any device: the moved parameter is another tensor
+    assert isinstance(layer.weight, QuantizedTensor) and layer.weight.dtype == torch.float64
+    layer.to(dtype)
     assert {k: p.data_ptr() for k, p in network.named_parameters() if isinstance(p, QuantizedTensor)} == home
     layer.weight = torch.nn.Parameter(torch.ones(layer.weight.shape), requires_grad=False)  # as a patcher does
-    layer.to(torch.bfloat16).to(torch.float32)
+    layer.to(torch.float64).to(dtype)
     assert layer.weight.sum() == layer.weight.numel(), "a replaced weight was thrown away"
 
 
@@ -477,13 +489,14 @@ def check_slices_and_transposes_stay_quantised() -> None:
                                                                           plain.bfloat16())  # fmt: skip
 
 
-def main() -> None:
+def main(checks: dict[str, Any]) -> None:
+    """Run every `check_*` of a script's globals in the mode that the command line names."""
     torch.set_num_threads(2)
     if MODE in ("granted", "refused"):
         dynamic_vram(granted=MODE == "granted")
     elif MODE == "gpu-dynamic":
         real_dynamic_vram()
-    for name, check in sorted(globals().items()):
+    for name, check in sorted(checks.items()):
         if not name.startswith("check_"):
             continue
         start = time.monotonic()
@@ -500,4 +513,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(globals())
