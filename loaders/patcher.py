@@ -1,57 +1,182 @@
-"""Patches (LoRA and everything the host adds through `add_patches`) on quantised weights.
+"""Patches (LoRA and everything the host adds through `add_patches` and hooks) on quantised weights.
 
 The host patches a resident weight by replacing it with a dense copy, and under dynamic VRAM by quantising the
 patched weight again; the first doubles memory and the second changes the model between step one and step two. So
 patches for a quantised weight become *weight wrappers*, which both of the host's patchers run on the dequantised
-weight at each use, with the host's own arithmetic. Everything else goes the host's way.
+weight at each use, with the host's own arithmetic. Everything else goes the host's way, and so does a patch that
+gives a weight another shape, because only a replaced weight can have one.
 
-The host clones a patcher as its own class, or as the plain one; the wrappers survive both.
+What the host does with its own record of patches (merge two models, save one, schedule a LoRA by hooks) is answered
+here from the wrappers.
 """
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
+import comfy.hooks
 import comfy.lora
+import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from .quant.layout import is_gguf
+from .patch_at_use import PatchAtUse
+from .quant.layout import dense, is_gguf
+from .saving import LazyWeight
 
-
-class PatchAtUse:
-    """The patches of one `add_patches` call for one weight.
-
-    Args:
-        key: the weight's name in the model.
-        patch: the host's (strength, adapter, strength_model, offset, function).
-    """
-
-    def __init__(self, key: str, patch: tuple) -> None:
-        self.key = key
-        self.patch = patch
-
-    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
-        return comfy.lora.calculate_weight([self.patch], weight, self.key, intermediate_dtype=weight.dtype)
+CPU = torch.device("cpu")
 
 
 class PatchingAtUse(ModelPatcher):
     """Mixed in before the host's patcher class."""
 
+    def clone(self, *args: Any, **kwargs: Any) -> Any:
+        clone = super().clone(*args, **kwargs)
+        if not isinstance(clone, PatchingAtUse):
+            # The host names its plain class where it leaves dynamic VRAM for a clone (hooks, `disable_dynamic`). The
+            # clone is finished, shares its backups with others and detaches the model when it dies, so it cannot be
+            # made once more as ours; it has no state that the mixin lacks.
+            clone.__class__ = _patching_class(type(clone))  # type: ignore[arg-type]
+        return clone
+
+    # --- patches
+
     def add_patches(self, patches: dict, strength_patch: float = 1.0, strength_model: float = 1.0) -> list:
-        quantised: dict = {}
-        others: dict = {}
         weights = dict(self.model.named_parameters())
+        accepted, others = [], {}
         for key, adapter in patches.items():
-            name = key if isinstance(key, str) else key[0]
-            (quantised if is_gguf(weights.get(name)) else others)[key] = adapter
-        accepted = super().add_patches(others, strength_patch, strength_model)
-        for key, adapter in quantised.items():
             name, offset, function = (key, None, None) if isinstance(key, str) else (*key, None)[:3]
             patch = (strength_patch, adapter, strength_model, offset, function)
-            self.add_weight_wrapper(name, PatchAtUse(name, patch))
-        return [*accepted, *quantised]
+            weight = weights.get(name)
+            if not is_gguf(weight) or name in self.patches or self._reshapes(patch, weight, name):
+                others[key] = adapter
+            else:
+                self.add_weight_wrapper(name, PatchAtUse(name, [patch]))
+                accepted.append(key)
+        return [*super().add_patches(others, strength_patch, strength_model), *accepted]
+
+    def _reshapes(self, patch: tuple, weight: torch.Tensor, name: str) -> bool:
+        """Whether the patch changes the weight's shape; then what was added before it goes the host's way, too."""
+        if comfy.lora.calculate_shape([patch], weight, name) == weight.shape:
+            return False
+        if earlier := self._wrapped(name):
+            self.patches[name] = [p for wrapper in earlier for p in wrapper.patches]
+            foreign = [w for w in self.weight_wrapper_patches[name] if not isinstance(w, PatchAtUse)]
+            self.weight_wrapper_patches[name] = foreign
+        return True
+
+    def _wrapped(self, name: str) -> list[PatchAtUse]:
+        return [w for w in self.weight_wrapper_patches.get(name, ()) if isinstance(w, PatchAtUse)]
+
+    def get_key_patches(self, filter_prefix: str | None = None) -> dict:
+        found = super().get_key_patches(filter_prefix)
+        for name in found.keys() & self.weight_wrapper_patches.keys():
+            found[name] = [*found[name], *(p for wrapper in self._wrapped(name) for p in wrapper.patches)]
+        return found
+
+    def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
+        super().unpatch_model(device_to, unpatch_weights)
+        if not unpatch_weights:
+            return
+        # The host leaves the functions of a layer that was loaded whole, and with them the adapters, until the model
+        # is loaded again.
+        for layer in self.model.modules():
+            if functions := getattr(layer, "weight_function", None):
+                for ours in (f for f in functions if isinstance(f, PatchAtUse)):
+                    ours.move_to(CPU)
+                layer.weight_function = [f for f in functions if not isinstance(f, PatchAtUse)]
+
+    # --- hooks: patches that the host puts on and takes off between two evaluations of the model
+
+    @property
+    def _hooked(self) -> dict[str, PatchAtUse]:
+        """What hooks put on the layers now; clones share the layers, so the model remembers it."""
+        return self.model.__dict__.setdefault("_sluice_hooked", {})
+
+    def _hook(self, name: str, function: PatchAtUse) -> None:
+        self._unhook(name)
+        layer = comfy.utils.get_attr(self.model, name.rpartition(".")[0])
+        layer.weight_function = [*layer.weight_function, function]
+        self._hooked[name] = function
+
+    def _unhook(self, name: str) -> None:
+        function = self._hooked.pop(name, None)
+        if function is not None:
+            layer = comfy.utils.get_attr(self.model, name.rpartition(".")[0])
+            layer.weight_function = [f for f in layer.weight_function if f is not function]
+
+    def patch_hook_weight_to_device(
+        self, hooks: Any, combined_patches: dict, key: str, original_weights: dict, memory_counter: Any
+    ) -> None:
+        if key not in combined_patches:
+            return
+        if not is_gguf(comfy.utils.get_attr(self.model, key)):
+            self._own_memory(key)
+            super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, memory_counter)
+            return
+        function = PatchAtUse(key, combined_patches[key], {key: original_weights.pop(key)})
+        if self.hook_mode == comfy.hooks.EnumHookMode.MaxSpeed:
+            self.cached_hook_patches.setdefault(hooks, {})[key] = (function, self.load_device)
+            if memory_counter.is_useable(function.nbytes):
+                memory_counter.decrement(function.move_to(self.load_device))
+        self._hook(key, function)
+
+    def patch_cached_hook_weights(self, cached_weights: dict, key: str, memory_counter: Any) -> None:
+        function = cached_weights[key][0]
+        if isinstance(function, PatchAtUse):
+            self._hook(key, function)
+        else:
+            super().patch_cached_hook_weights(cached_weights, key, memory_counter)
+
+    def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
+        for name in [n for n in self._hooked if not whitelist_keys_set or n in whitelist_keys_set]:
+            self._unhook(name)
+        super().unpatch_hooks(whitelist_keys_set)
+
+    def _own_memory(self, key: str) -> None:
+        """The host writes hooked weights in place, and a plain one may be a view of the file, which is read-only."""
+        weight = comfy.utils.get_attr(self.model, key)
+        if weight.device.type == "cpu" and key not in self.hook_backup:
+            comfy.utils.set_attr_param(self.model, key, weight.detach().clone())
+
+    # --- saving
+
+    def model_state_dict_for_saving(self, model: Any = None, prefix: str = "") -> dict:
+        tensors = (self.model if model is None else model).state_dict()
+        return {name: self._for_saving(prefix + name, tensor) for name, tensor in tensors.items()}
+
+    def state_dict_for_saving(
+        self, clip_state_dict: Any = None, vae_state_dict: Any = None, clip_vision_state_dict: Any = None
+    ) -> dict:
+        # Hosts before 0.20 do not go through `model_state_dict_for_saving`.
+        network = self.model_state_dict_for_saving(self.model.diffusion_model, "diffusion_model.")
+        return self.model.state_dict_for_saving(
+            network,
+            clip_state_dict=clip_state_dict,
+            vae_state_dict=vae_state_dict,
+            clip_vision_state_dict=clip_vision_state_dict,
+        )
+
+    def _for_saving(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
+        pending = key in self.patches and key not in self.backup  # the host patches at use, too, where memory is short
+        if not (is_gguf(tensor) or pending or self._wrapped(key)):
+            return tensor
+        shape = comfy.lora.calculate_shape(self.patches[key], tensor, key) if pending else tensor.shape
+        return LazyWeight(partial(self._saved, key, tensor, pending), shape, tensor.dtype)
+
+    def _saved(self, key: str, tensor: torch.Tensor, pending: bool) -> torch.Tensor:
+        """One weight as the model computes with it."""
+        weight = tensor
+        if pending:
+            weight = self.patch_weight_to_device(key, device_to=self.load_device, return_weight=True)
+        wrappers = self._wrapped(key)
+        weight = dense(weight, tensor.dtype)
+        if wrappers and not is_gguf(tensor):
+            weight = weight.clone()  # a patch is added in place
+        for wrapper in wrappers:
+            weight = wrapper(weight)
+        return weight.to(tensor.dtype)
 
 
 @cache

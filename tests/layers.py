@@ -35,7 +35,7 @@ LAYERS = {
 # library is a dependency that nobody decided on.
 HOST_FILES = (
     *("nodes", "loaders/ops.py", "loaders/diffusion.py", "loaders/text_encoder.py", "loaders/compat.py"),
-    *("loaders/patcher.py", "lora/apply.py", "offload/attach.py"),
+    *("loaders/patcher.py", "loaders/patch_at_use.py", "lora/apply.py", "offload/attach.py"),
 )
 OUTSIDE = {
     "numpy": ("nodes", "lora", "offload", "loaders"),

@@ -15,8 +15,12 @@ from pack.tools.to_gguf import RECIPES, convert
 from pack.tools.versions import HOSTS, MAIN_HOST
 from safetensors.numpy import save_file
 
-SCRIPT = Path(__file__).with_name("model_checks.py")
-CHECKS = re.findall(r"^def check_(\w+)", SCRIPT.read_text(encoding="utf-8"), re.MULTILINE)
+SCRIPTS = [Path(__file__).with_name(name) for name in ("model_checks.py", "patch_checks.py")]
+CHECKS = [
+    pytest.param(script, check, id=check)
+    for script in SCRIPTS
+    for check in re.findall(r"^def check_(\w+)", script.read_text(encoding="utf-8"), re.MULTILINE)
+]
 # The dynamic patcher of older hosts has other seams than the stand-in allocator covers.
 RUNS = [
     *((version, "classic") for version in HOSTS),
@@ -46,21 +50,21 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def outcomes(files: Path, run_in_host):
-    """Run all checks of one host and mode once, when the first of them is asked for."""
-    done: dict[tuple[str, str], dict[str, str]] = {}
+    """Run all checks of one script, host and mode once, when the first of them is asked for."""
+    done: dict[tuple[Path, str, str], dict[str, str]] = {}
 
-    def outcome(version: str, mode: str, check: str) -> str:
-        if (version, mode) not in done:
-            lines = run_in_host(SCRIPT, str(files), mode, version=version).splitlines()
+    def outcome(script: Path, version: str, mode: str, check: str) -> str:
+        if (script, version, mode) not in done:
+            lines = run_in_host(script, str(files), mode, version=version).splitlines()
             results = [json.loads(line) for line in lines if line.startswith('{"check"')]
-            done[version, mode] = {r["check"]: r["failure"] for r in results}
-        return done[version, mode][check]
+            done[script, version, mode] = {r["check"]: r["failure"] for r in results}
+        return done[script, version, mode][check]
 
     return outcome
 
 
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize(("script", "check"), CHECKS)
 @pytest.mark.parametrize(("version", "mode"), RUNS)
-def test_model(outcomes, version: str, mode: str, check: str) -> None:
-    failure = outcomes(version, mode, check)
+def test_model(outcomes, script: Path, version: str, mode: str, check: str) -> None:
+    failure = outcomes(script, version, mode, check)
     assert not failure, failure
