@@ -7,7 +7,7 @@ from dataclasses import FrozenInstanceError, replace
 from itertools import pairwise
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
 from pack.offload.costs import AUTO, SMALL_BYTES, BlockCost, Link, SwapRequest
 from pack.offload.plan import BudgetTooSmallError, StreamPlan, everything, make_plan, predict
@@ -77,6 +77,14 @@ def plan_or_none(blocks: list[BlockCost], budget: int, depth: int) -> StreamPlan
         return None
 
 
+def plan_or_reject(blocks: list[BlockCost], budget: int, depth: int) -> StreamPlan:
+    """A plan, or another example of the property where the budget is too small for any."""
+    plan = plan_or_none(blocks, budget, depth)
+    if plan is None:
+        reject()
+    return plan
+
+
 def carry_out(plan: StreamPlan, steps: int = 4) -> None:
     """Run the streamer's loop on a ring of owned byte ranges, every copy as early as the plan allows it.
 
@@ -115,8 +123,7 @@ def carry_out(plan: StreamPlan, steps: int = 4) -> None:
 @settings(max_examples=30, deadline=None)
 @given(models(), portions, depths)
 def test_every_plan_can_be_carried_out_within_its_budget(blocks: list[BlockCost], portion: float, depth: int) -> None:
-    plan = plan_or_none(blocks, int(total(blocks) * portion), depth)
-    assume(plan is not None)
+    plan = plan_or_reject(blocks, int(total(blocks) * portion), depth)
     assert plan.vram_bytes <= plan.budget_bytes
     assert plan.resident_bytes + sum(aligned(copy.nbytes) for copy in plan.copies) == everything(blocks, 0)
     assert all(copy.nbytes == blocks[copy.block].tensor_bytes[copy.tensor] >= SMALL_BYTES for copy in plan.copies)
@@ -155,8 +162,7 @@ def rivals(blocks: list[BlockCost], budget: int, depth: int) -> dict[str, float]
 def test_no_other_policy_is_faster_by_more_than_2_percent(blocks: list[BlockCost], portion: float, depth: int) -> None:
     """One tensor's copy is allowed besides: whole tensors round, and a rival may be lucky by less than one."""
     budget = int(total(blocks) * portion)
-    plan = plan_or_none(blocks, budget, depth)
-    assume(plan is not None)
+    plan = plan_or_reject(blocks, budget, depth)
     tensor = max(max(block.tensor_bytes) for block in blocks) / GEN5.bytes_per_second
     for name, seconds in rivals(blocks, budget, depth).items():
         assert plan.step_seconds <= 1.02 * seconds + tensor, name
@@ -210,9 +216,8 @@ def test_step_is_within_2_percent_of_the_ideal(blocks: list[BlockCost], portion:
     group = depth + 1
     assume(len(blocks) > 3 * group)
     budget = int(total(blocks) * portion)
-    roomy = plan_or_none(blocks, budget - 2 * max(block.nbytes for block in blocks), depth)
-    assume(roomy is not None)
-    plan = plan_or_none(blocks, budget, depth)
+    plan_or_reject(blocks, budget - 2 * max(block.nbytes for block in blocks), depth)
+    plan = plan_or_reject(blocks, budget, depth)
     rate = GEN5.bytes_per_second
     least = least_streamed(blocks, budget, depth)
     assert least <= plan.streamed_bytes + ALIGN * len(plan.copies)  # or it is no lower bound

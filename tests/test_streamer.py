@@ -67,7 +67,8 @@ class Model:
     def __init__(self, plan: StreamPlan, device: FakeDevice, source: Source | None = None, **options: bool) -> None:
         self.plan, self.device, self.truth = plan, device, truth_of(plan)
         self.streamer = BlockStreamer(plan, source or in_memory(self.truth, device), device, **options)
-        self.calls, self.wrong = 0, []
+        self.calls = 0
+        self.wrong: list[tuple[int, int]] = []
 
     def begin(self, block: int) -> None:
         views = self.streamer.wait(block)

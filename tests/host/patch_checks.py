@@ -208,7 +208,7 @@ def check_reshaping_patches_go_the_hosts_way() -> None:
         comfy.model_management.unload_all_models()
     assert lazy.is_meta and lazy.shape == saved[0].shape
     assert torch.allclose(lazy.to("cpu").float(), saved[0].cpu(), atol=0.05 if ON_GPU else 0)
-    assert torch.allclose(*saved, atol=0.05 if ON_GPU else 0, rtol=0.05 if ON_GPU else 0)
+    assert torch.allclose(saved[0], saved[1], atol=0.05 if ON_GPU else 0, rtol=0.05 if ON_GPU else 0)
     assert len(weights(patcher)) == count and torch.equal(latent(patcher), before)
 
 
