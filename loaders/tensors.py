@@ -19,24 +19,14 @@ import torch
 from . import compat
 from .gguf.errors import DAMAGED, shown
 from .gguf.reader import GGUFError, GGUFFile, TensorInfo
-from .gguf.types import NO_REFERENCE, PLAIN, GGMLType
+from .gguf.types import NO_REFERENCE, PLAIN
 from .quant.dispatch import dequantize
 from .quant.layout import is_gguf, quantized, with_params
+from .quant.reference import PLAIN_DTYPES
 
 # Below this many bytes a weight is dequantised when it is loaded: the host keeps modules this small resident and
 # plain anyway, and a kernel launch would cost more than the bytes save.
 SMALL_BYTES = 16 * 1024
-
-TORCH_DTYPES = {
-    GGMLType.F64: torch.float64,
-    GGMLType.F32: torch.float32,
-    GGMLType.F16: torch.float16,
-    GGMLType.BF16: torch.bfloat16,
-    GGMLType.I8: torch.int8,
-    GGMLType.I16: torch.int16,
-    GGMLType.I32: torch.int32,
-    GGMLType.I64: torch.int64,
-}
 
 # ggml's `ggml_n_dims` ignores outer dimensions of 1, and what writes a file by it (stable-diffusion.cpp, llama.cpp)
 # drops them. These parameters have them in every model of the host that has the name (comfy/ldm: wan/model.py,
@@ -83,7 +73,7 @@ def state_dict(file: GGUFFile) -> dict[str, torch.Tensor]:
 
 def _mapped(file: GGUFFile, info: TensorInfo, lock: threading.Lock) -> torch.Tensor:
     """The tensor's bytes as a flat tensor over the mapping: uint8 when quantised, else its own dtype."""
-    dtype = TORCH_DTYPES.get(info.ggml_type, torch.uint8)
+    dtype = PLAIN_DTYPES.get(info.ggml_type, torch.uint8)
     if info.nbytes == 0:
         return torch.empty(0, dtype=dtype)
     with warnings.catch_warnings():
