@@ -104,13 +104,14 @@ class MappedLayer(torch.nn.Module):
 
     def _moved(self, name: str, parameter: torch.nn.Parameter, fn: Any) -> torch.nn.Parameter:
         home = self._home.get(name)
-        if home is not None and (parameter is home or parameter is self._away.get(name)):
+        at_home = home is not None and _same_memory(home, parameter)
+        if home is not None and (at_home or parameter is self._away.get(name)):
             probe = fn(torch.empty(0, dtype=parameter.dtype, device=parameter.device))
             if probe.device == home.device and probe.dtype == home.dtype:
                 self._away.pop(name, None)
                 return home
         moved = torch.nn.Parameter(fn(parameter), requires_grad=False)
-        if parameter is home:
+        if at_home:
             self._away[name] = moved
         return moved
 
@@ -137,6 +138,14 @@ class MappedLayer(torch.nn.Module):
         self._away.pop("weight", None)  # else what lay on the device would stay there unused
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
         return None
+
+
+def _same_memory(home: torch.nn.Parameter, parameter: torch.nn.Parameter) -> bool:
+    """Whether `parameter` is the mapped one: the object itself, or what the host wraps anew when it undoes a patch."""
+    if parameter is home:
+        return True
+    ours, theirs = _bytes(home), _bytes(parameter)
+    return ours.device == theirs.device and ours.dtype == theirs.dtype and ours.data_ptr() == theirs.data_ptr()
 
 
 def _same_row_major(given: tuple[int, ...], declared: tuple[int, ...]) -> bool:

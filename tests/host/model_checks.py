@@ -267,6 +267,9 @@ def check_moving_back_restores_the_mapping() -> None:
     assert isinstance(layer.weight, QuantizedTensor) and layer.weight.dtype == torch.float64
     layer.to(dtype)
     assert {k: p.data_ptr() for k, p in network.named_parameters() if isinstance(p, QuantizedTensor)} == home
+    layer.weight = torch.nn.Parameter(layer.weight.detach(), requires_grad=False)  # as a patcher undoes a patch
+    layer.to(torch.float64).to(dtype)
+    assert layer.weight.data_ptr() == home["joint_blocks.0.x_block.attn.qkv.weight"]
     layer.weight = torch.nn.Parameter(torch.ones(layer.weight.shape), requires_grad=False)  # as a patcher does
     layer.to(torch.float64).to(dtype)
     assert layer.weight.sum() == layer.weight.numel(), "a replaced weight was thrown away"
