@@ -17,6 +17,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import comfy.model_detection
 import comfy.model_management
@@ -84,8 +85,7 @@ def _build(file: GGUFFile, compute_dtype: torch.dtype | None, disable_dynamic: b
         raise GGUFError(file.path, "it holds no tensors", INCOMPLETE_MODEL)
     metadata = {"config": file.metadata["config"]} if "config" in file.metadata else None
     with host_builds(file):
-        tensors = _with_host_names(file, metadata)
-        config = comfy.model_detection.model_config_from_unet(tensors, "", metadata=metadata)
+        tensors, config = _detected(file, metadata)
         unet = None if config else comfy.model_detection.model_config_from_diffusers_unet(tensors)
         config = config or unet
     if config is None:
@@ -116,16 +116,24 @@ def _build(file: GGUFFile, compute_dtype: torch.dtype | None, disable_dynamic: b
     return patching_at_use(model)
 
 
-def _with_host_names(file: GGUFFile, metadata: dict | None) -> dict[str, torch.Tensor]:
-    """The file's tensors under the names that the host's detection knows."""
+def _detected(file: GGUFFile, metadata: dict | None) -> tuple[dict[str, torch.Tensor], Any]:
+    """The file's tensors under the first names that the host detects a model by, and what it detected, or None."""
     tensors = state_dict(file)
     prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
     tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)} or tensors
-    for candidate in (tensors, with_plain_projections(tensors)):
-        if comfy.model_detection.model_config_from_unet(candidate, "", metadata=metadata) is not None:
-            return candidate
+    for spelling in (lambda: tensors, lambda: with_plain_projections(tensors), lambda: _of_diffusers(file, tensors)):
+        candidate = spelling()
+        if not candidate:
+            continue
+        config = comfy.model_detection.model_config_from_unet(candidate, "", metadata=metadata)
+        if config is not None:
+            return candidate, config
+    return tensors, None
+
+
+def _of_diffusers(file: GGUFFile, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
     try:
-        return diffusers_names.convert(tensors, comfy.model_detection.convert_diffusers_mmdit) or tensors
+        return diffusers_names.convert(tensors, comfy.model_detection.convert_diffusers_mmdit)
     except (ValueError, RuntimeError) as error:  # the latter is the host's, where shapes of two parts disagree
         raise GGUFError(file.path, str(error), INCOMPLETE_MODEL) from error
 

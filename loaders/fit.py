@@ -24,8 +24,7 @@ import torch
 from .gguf.errors import shown
 from .gguf.reader import GGUFError, GGUFFile
 from .ops import MappedLayer
-from .quant.layout import dense, is_gguf
-from .tensors import reshaped
+from .quant.layout import dense, is_gguf, reshaped
 
 log = logging.getLogger("sluice.loaders")
 

@@ -19,7 +19,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from . import compat
 from .quant import dispatch, reference
-from .quant.layout import dense, is_gguf, quantized, with_params
+from .quant.layout import dense, is_gguf, quantized, reshaped, with_params
 from .quant.reference import PLAIN_DTYPES
 from .quant.scratch import Scratch
 
@@ -73,11 +73,7 @@ class MappedLayer(torch.nn.Module):
                         f"the model needs {tuple(declared.shape)}."
                     )
                     continue
-                given = (
-                    with_params(given, orig_shape=tuple(declared.shape))
-                    if is_gguf(given)
-                    else given.view(declared.shape)
-                )
+                given = reshaped(given, tuple(declared.shape))
             if name == "weight" and not is_gguf(given) and given.dtype != self.compute_dtype:
                 # Some models cast their input to `weight.dtype` (CogVideoX, Hunyuan3D), which must not be the file's.
                 plain = TYPES[given.dtype]
@@ -257,7 +253,7 @@ class MappedEmbedding(MappedLayer):
         dtype = out_dtype or self.compute_dtype
         if is_gguf(weight):
             params = weight._params
-            result = dispatch.dequantize_rows(weight._qdata, params.ggml_type, weight.shape[-1], rows, dtype)
+            result = reference.dequantize_rows(weight._qdata, params.ggml_type, weight.shape[-1], rows, dtype)
         else:
             result = torch.nn.functional.embedding(rows, weight).to(dtype)
         return result.to(input.device)

@@ -21,7 +21,7 @@ from .gguf.errors import DAMAGED, shown
 from .gguf.reader import GGUFError, GGUFFile, TensorInfo
 from .gguf.types import NO_REFERENCE, PLAIN
 from .quant.dispatch import dequantize
-from .quant.layout import is_gguf, quantized, with_params
+from .quant.layout import quantized, reshaped
 from .quant.reference import PLAIN_DTYPES
 
 # Below this many bytes a weight is dequantised when it is loaded: the host keeps modules this small resident and
@@ -103,11 +103,6 @@ def _logical_shape(file: GGUFFile, info: TensorInfo, biases: dict[str, int]) -> 
         return (out_channels, info.shape[0] // out_channels, *info.shape[1:])
     rank = next((rank for end, rank in RANKS.items() if f".{info.name}".endswith(f".{end}")), 0)
     return (1,) * (rank - len(info.shape)) + info.shape
-
-
-def reshaped(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """The same bytes under another shape of as many elements."""
-    return with_params(tensor, orig_shape=shape) if is_gguf(tensor) else tensor.view(shape)
 
 
 def with_plain_projections(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -55,13 +55,20 @@ def _kernels(kind: str, ggml_type: GGMLType) -> Any:
     return None if ggml_type in PLAIN or (kind, ggml_type) in _failures else _chosen[kind][0]
 
 
-def _give_up(data: torch.Tensor, ggml_type: GGMLType, error: Exception) -> None:
-    _failures[data.device.type, ggml_type] = f"{type(error).__name__}: {error}"
-    log.warning("the %s kernel does not work on %s, torch takes over: %s", ggml_type.name, data.device, error)
-
-
 # What is the caller's fault, or the device's memory's: another implementation would fail as well.
 _NOT_THE_KERNELS = (ValueError, torch.OutOfMemoryError)
+
+
+def _tried(data: torch.Tensor, ggml_type: GGMLType, kernel: Callable[..., Any], *args: Any) -> Any:
+    """`kernel(*args)`, or None when it does not work; then its type is given up on this kind of device."""
+    try:
+        return kernel(*args)
+    except _NOT_THE_KERNELS:
+        raise
+    except Exception as error:
+        _failures[data.device.type, ggml_type] = f"{type(error).__name__}: {error}"
+        log.warning("the %s kernel does not work on %s, torch takes over: %s", ggml_type.name, data.device, error)
+        return None
 
 
 def dequantize(data: torch.Tensor, ggml_type: GGMLType, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -74,12 +81,9 @@ def dequantize(data: torch.Tensor, ggml_type: GGMLType, shape: Sequence[int], dt
     """
     kernels = _kernels(data.device.type, ggml_type)
     if kernels is not None:
-        try:
-            return kernels.dequantize(data, ggml_type, shape, dtype)
-        except _NOT_THE_KERNELS:
-            raise
-        except Exception as error:
-            _give_up(data, ggml_type, error)
+        weight = _tried(data, ggml_type, kernels.dequantize, data, ggml_type, shape, dtype)
+        if weight is not None:
+            return weight
     return reference.dequantize(data, ggml_type, shape, dtype)
 
 
@@ -90,12 +94,9 @@ def bind(data: torch.Tensor, ggml_type: GGMLType, shape: Sequence[int], dtype: t
     """
     kernels = _kernels(data.device.type, ggml_type)
     if kernels is not None:
-        try:
-            return kernels.bind(data, ggml_type, shape, dtype)
-        except _NOT_THE_KERNELS:
-            raise
-        except Exception as error:
-            _give_up(data, ggml_type, error)
+        call = _tried(data, ggml_type, kernels.bind, data, ggml_type, shape, dtype)
+        if call is not None:
+            return call
     return partial(reference.dequantize, data, ggml_type, shape, dtype)
 
 
@@ -112,23 +113,7 @@ def linear_of_few(
         return None
     if shape[1] % BLOCKS[ggml_type].elements:
         return None
-    try:
-        return kernels.linear(x, data, ggml_type, shape, bias)
-    except _NOT_THE_KERNELS:
-        raise
-    except Exception as error:
-        _give_up(data, ggml_type, error)
-        return None
-
-
-def dequantize_rows(
-    data: torch.Tensor, ggml_type: GGMLType, row_elements: int, rows: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """Gather `rows` (int64, any shape) of the quantised table `data` and dequantise only those.
-
-    Returns a tensor of shape `rows.shape + (row_elements,)` on `data`'s device.
-    """
-    return reference.dequantize_rows(data, ggml_type, row_elements, rows, dtype)
+    return _tried(data, ggml_type, kernels.linear, x, data, ggml_type, shape, bias)
 
 
 def choices() -> dict[str, str]:

@@ -115,6 +115,11 @@ def with_params(tensor: QuantizedTensor, **changes: Any) -> QuantizedTensor:
     return QuantizedTensor(tensor._qdata, LAYOUT, dataclasses.replace(tensor._params, **changes))
 
 
+def reshaped(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """The same bytes under another shape of as many elements."""
+    return with_params(tensor, orig_shape=shape) if is_gguf(tensor) else tensor.view(shape)
+
+
 def dense(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`tensor` as a plain tensor of `dtype`: dequantised with a single rounding, or cast."""
     if not is_gguf(tensor):
