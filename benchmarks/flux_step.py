@@ -2,10 +2,11 @@
 
     python benchmarks/flux_step.py --work DIR --out results/flux_step.json [--rounds 2] [--free 0] [CASE ...]
 
-A case is FILE:LOADER:DYNAMIC, such as bf16:native:1 (core's loader, dynamic VRAM) or q4_k:sluice:0 (the pack's node,
-classic patcher); FILE is bf16, fp8, q8_0 or q4_k. Every run is a process of its own, the cases take turns (A B A B),
-and each measures 1024 x 1024 and 256 x 256 pixels. `--free GB` leaves that much VRAM to the model, by an allocation
-outside torch.
+A case is FILE:LOADER:DYNAMIC[:FREE], such as bf16:native:1 (core's loader, dynamic VRAM) or q4_k:sluice:0 (the pack's
+node, classic patcher); FILE is bf16, fp8, q8_0 or q4_k, and LOADER+swap is a loader with Block Swap after it. FREE is
+how many GB of VRAM the model is left with, instead of what --free says. Every run is a process of its own, the cases
+take turns (A B A B), and each measures 1024 x 1024 and 256 x 256 pixels. VRAM is taken away by an allocation outside
+torch.
 
 The checkpoints (11.9 B parameters, FLUX.1-dev's shapes) are written to DIR when they are missing: 26 GB of RAM and
 up to 57 GB of disk. Their values are random with finite scales; the GGUF files are not the bf16 weights quantised,
@@ -90,8 +91,8 @@ def checkpoint(folder: Path, kind: str) -> Path:
     return folder / f"flux_{kind}.{'gguf' if kind.startswith('q') else 'safetensors'}"
 
 
-def worker(path: Path, loader: str, dynamic: bool, free_gb: float) -> dict:
-    """Load one checkpoint and time sampling steps; the host is set up as its main.py does."""
+def start_host(dynamic: bool) -> None:
+    """Set the host up as its main.py does, under its dynamic or its classic patcher."""
     sys.argv = ["main.py"] if dynamic else ["main.py", "--disable-dynamic-vram"]
     try:
         import av  # noqa: F401
@@ -111,23 +112,32 @@ def worker(path: Path, loader: str, dynamic: bool, free_gb: float) -> dict:
     import comfy.memory_management
     import comfy.model_management
     import comfy.model_patcher
-    import comfy.sample
-    import comfy.sd
-    import torch
 
     if dynamic:
         devices = ((d.index, 0) for d in comfy.model_management.get_all_torch_devices())
         assert comfy_aimdo.control.init_devices(devices), "aimdo did not start"
         comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
         comfy.memory_management.aimdo_enabled = True
+
+
+def worker(path: Path, loader: str, dynamic: bool, free_gb: float) -> dict:
+    """Load one checkpoint and time sampling steps."""
+    start_host(dynamic)
+    import comfy.model_management
+    import comfy.sample
+    import comfy.sd
+    import torch
+
+    loader, _, swap = loader.partition("+")
     load = comfy.sd.load_diffusion_model if loader == "native" else pack_loader(loader, path)
+    block_swap = pack_swap() if swap else lambda model: model
     if free_gb:
         available, _ = torch.cuda.mem_get_info()
         ballast = ctypes.c_void_p()
         runtime = ctypes.CDLL(f"libcudart.so.{str(torch.version.cuda).split('.')[0]}")
         assert runtime.cudaMalloc(ctypes.byref(ballast), ctypes.c_size_t(int(available - free_gb * 1e9))) == 0
     start = time.perf_counter()
-    model = load(str(path))
+    model = block_swap(load(str(path)))
     result: dict = {"load_s": time.perf_counter() - start}
     torch.cuda.reset_peak_memory_stats()
     for side in LATENT_SIDES:
@@ -138,11 +148,37 @@ def worker(path: Path, loader: str, dynamic: bool, free_gb: float) -> dict:
             result.setdefault(f"{side * 8}px_cold_first_s", first)
     result["peak_reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
     result["peak_allocated_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    if loader != "native":
-        for name, module in sys.modules.items():
-            if name.endswith("loaders.quant.dispatch"):
-                result["dequantisation"] = module.choices()
+    result["memory_loaded"] = memory(torch)
+    comfy.model_management.unload_all_models()
+    comfy.model_management.soft_empty_cache()
+    result["memory_unloaded"] = memory(torch)
+    result["after_eviction_first_s"], *_ = sample(comfy.sample, torch, model, LATENT_SIDES[0])
+    for name, module in sys.modules.items():
+        if name.endswith("loaders.quant.dispatch") and loader != "native":
+            result["dequantisation"] = module.choices()
+        if name.endswith("offload.attach") and swap:
+            residency = module.residency_of(model)
+            result["plan"], result["plans_made"] = str(residency.plan), residency.plans_made
+            result["source"] = residency.choice.reason if residency.choice else "nothing streams"
     return result
+
+
+def memory(torch) -> dict[str, float]:
+    """GB of VRAM and RAM that the process holds."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    rss = {line.split(":")[0]: int(line.split()[1]) / 1e6 for line in lines if line.startswith("Rss")}
+    return {"vram_allocated_gb": torch.cuda.memory_allocated() / 1e9, **rss}
+
+
+def pack_swap():
+    """The pack's two Block Swap nodes, one after the other, as they are without any setting."""
+    import asyncio
+
+    host_nodes = importlib.import_module("nodes")
+    if "SluiceApplyBlockSwap" not in host_nodes.NODE_CLASS_MAPPINGS:
+        assert asyncio.run(host_nodes.load_custom_node(str(PACK))), "the pack does not load"
+    config, apply = (host_nodes.NODE_CLASS_MAPPINGS[f"Sluice{n}"] for n in ("BlockSwapConfig", "ApplyBlockSwap"))
+    return lambda model: apply.execute(model=model, block_swap=config.execute().args[0]).args[0]
 
 
 def pack_loader(loader: str, path: Path):
@@ -205,8 +241,8 @@ def main() -> None:
     if args.role == "make":
         return make_checkpoints(args.work, set(args.cases))
     if args.role == "worker":
-        kind, loader, dynamic = args.cases[0].split(":")
-        result = worker(checkpoint(args.work, kind), loader, dynamic == "1", args.free)
+        kind, loader, dynamic, *free = args.cases[0].split(":")
+        result = worker(checkpoint(args.work, kind), loader, dynamic == "1", float(free[0]) if free else args.free)
         args.out.write_text(json.dumps(result), encoding="utf-8")
         return None
     args.work.mkdir(parents=True, exist_ok=True)
@@ -238,7 +274,10 @@ def main() -> None:
             steps = "  ".join(f"{s * 8}px {result[f'{s * 8}px']['step_ms']:7.1f} ms" for s in LATENT_SIDES)
             print(
                 f"round {turn} {case:40} load {result['load_s']:5.2f} s  first {result['1024px_cold_first_s']:5.2f} s  "
-                f"{steps}  peak {result['peak_reserved_gb']:5.2f} GB  {result.get('dequantisation', '')}",
+                f"after eviction {result['after_eviction_first_s']:5.2f} s  {steps}  "
+                f"peak {result['peak_reserved_gb']:5.2f} GB",
+                *(result[key] for key in ("plan", "source") if key in result),
+                sep="\n    ",
                 flush=True,
             )
     report = {"hardware": hardware(), "free_gb": args.free, "command": " ".join(sys.argv), "results": results}

@@ -1,16 +1,17 @@
 """Multiplying 1 to 8 rows by a quantised weight: share of the memory roofline, and where dequantising gets faster.
 
     python benchmarks/skinny.py --out skinny.json
-    python benchmarks/skinny.py --types Q4_K --configs
+    python benchmarks/skinny.py --types Q4_K --shapes 18432x3072
+    python benchmarks/skinny.py --compile --types Q4_K    (fills Triton's cache and measures nothing)
 
 Needs torch with CUDA, Triton and gguf. The roofline is the time in which the same run reads the quantised bytes and
-does nothing else. Times are those of CUDA graphs over weights in rotation that exceed the second-level cache.
+does nothing else. Times are those of CUDA graphs over weights in rotation that exceed the second-level cache. A kernel
+that does nothing takes a microsecond in such a graph; a second share, in brackets, leaves that out on both sides.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 
@@ -19,11 +20,10 @@ import triton
 import triton.language as tl
 from dequant import Call, host_microseconds, launches_for, random_bytes, rotation, seconds_by_graph
 from pack.loaders.gguf.types import BLOCKS, GGMLType
-from pack.loaders.quant.kernels import launch
+from pack.loaders.quant.kernels import launch, multiply
 
-SHAPES = ((18432, 3072), (9216, 3072), (3072, 3072))
+SHAPES = ((18432, 3072), (9216, 3072), (3072, 3072), (3072, 12288))
 ROWS = (1, 2, 4, 8)
-CONFIGS = ((2, 32), (4, 32), (2, 64), (4, 64))  # rows of the weight for a program, lanes for each
 
 
 @triton.jit
@@ -47,17 +47,30 @@ def read_seconds(nbytes: int) -> float:
     )
 
 
-def measure(ggml_type: GGMLType, shape: tuple[int, int], configs: bool) -> dict:
+def launch_seconds() -> float:
+    """What a kernel that does next to nothing takes in a graph."""
+    source, out = random_bytes(4096).view(torch.int32), torch.empty(1, dtype=torch.int32, device="cuda")
+    return seconds_by_graph([lambda: read[(1,)](source, out, 1024, 1024)], 100)
+
+
+def compile_only(ggml_type: GGMLType, shape: tuple[int, int]) -> None:
+    layout = BLOCKS[ggml_type]
+    for m in ROWS:
+        x = torch.randn(m, shape[1], dtype=torch.bfloat16, device="cuda")
+        data = random_bytes(shape[0] * shape[1] // layout.elements * layout.nbytes)
+        multiply.linear(x, data, ggml_type, shape)
+
+
+def measure(ggml_type: GGMLType, shape: tuple[int, int]) -> dict:
     layout = BLOCKS[ggml_type]
     nbytes = shape[0] * shape[1] // layout.elements * layout.nbytes
     weights = [random_bytes(nbytes) for _ in range(rotation(nbytes))]
-    kernel = launch.KERNELS[ggml_type]
     row: dict = {"type": ggml_type.name, "shape": shape, "read us": 1e6 * read_seconds(nbytes), "rows": {}}
     for m in ROWS:
         x = torch.randn(m, shape[1], dtype=torch.bfloat16, device="cuda")
 
-        def linear(data: torch.Tensor, x=x, kernel=kernel) -> Call:
-            return lambda: launch.linear(x, data, ggml_type, shape, kernel=kernel)
+        def linear(data: torch.Tensor, x=x) -> Call:
+            return lambda: multiply.linear(x, data, ggml_type, shape)
 
         def dense(data: torch.Tensor, x=x) -> Call:
             return lambda: torch.nn.functional.linear(x, launch.dequantize(data, ggml_type, shape, x.dtype))
@@ -67,34 +80,53 @@ def measure(ggml_type: GGMLType, shape: tuple[int, int], configs: bool) -> dict:
             "us": 1e6 * seconds_by_graph([linear(data) for data in weights], launches),
             "dequantised us": 1e6 * seconds_by_graph([dense(data) for data in weights], launches),
         }
-        for rows, lanes in CONFIGS if configs else ():
-            other = dataclasses.replace(kernel, skinny_rows=rows, skinny_lanes=lanes)
-            seconds = seconds_by_graph([linear(data, kernel=other) for data in weights], launches)
-            row["rows"][m][f"{rows}/{lanes} us"] = 1e6 * seconds
     return row
+
+
+def host_costs() -> dict[str, float]:
+    """Microseconds of one call on 64 x 256 elements of Q4_K."""
+    data, x = random_bytes(144 * 64), torch.randn(1, 256, dtype=torch.bfloat16, device="cuda")
+    shape = (64, 256)
+    bias = torch.zeros(64, dtype=torch.bfloat16, device="cuda")
+
+    def linear(x: torch.Tensor) -> torch.Tensor:
+        return multiply.linear(x, data, GGMLType.Q4_K, shape, bias)
+
+    bound = multiply.bind(data, GGMLType.Q4_K, shape, bias, linear)
+    return {"linear": host_microseconds(lambda: linear(x)), "bound": host_microseconds(lambda: bound(x))}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--types", nargs="+", metavar="TYPE", help="names such as Q4_K; all when left out")
-    parser.add_argument("--configs", action="store_true", help="other configurations than the table's too")
+    parser.add_argument("--shapes", nargs="+", metavar="ROWSxCOLUMNS", help="such as 18432x3072")
+    parser.add_argument("--compile", action="store_true", help="only compile")
     parser.add_argument("--out", type=Path, help="write all numbers here as JSON")
     args = parser.parse_args()
+    chosen = [GGMLType[name] for name in args.types] if args.types else list(launch.KERNELS)
+    shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes] if args.shapes else SHAPES
+    if args.compile:
+        for shape in shapes:
+            for ggml_type in chosen:
+                compile_only(ggml_type, shape)  # type: ignore[arg-type]
+        return
     report: dict = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
     print(report)
+    empty = report["launch us"] = 1e6 * launch_seconds()
+    print(f"an empty kernel: {empty:.2f} us; shares: of the roofline (of the roofline, that left out on both sides)")
     report["measured"] = []
-    for shape in SHAPES:
-        for ggml_type in [GGMLType[name] for name in args.types] if args.types else launch.KERNELS:
-            row = measure(ggml_type, shape, args.configs)
+    for shape in shapes:
+        for ggml_type in chosen:
+            row = measure(ggml_type, shape)  # type: ignore[arg-type]
             report["measured"].append(row)
             cells = []
             for m, times in row["rows"].items():
-                share = 100 * row["read us"] / times["us"]
-                cells.append(f"M={m}: {share:3.0f}% " + " ".join(f"{name} {us:.1f}" for name, us in times.items()))
+                share, bare = row["read us"] / times["us"], (row["read us"] - empty) / (times["us"] - empty)
+                us = " ".join(f"{name} {us:.1f}" for name, us in times.items())
+                cells.append(f"M={m}: {100 * share:3.0f}% ({100 * bare:.0f}%) {us}")
             print(f"{row['type']:8s} {shape} read {row['read us']:5.1f} us | " + " | ".join(cells), flush=True)
-    data, x = random_bytes(144 * 64), torch.randn(1, 256, dtype=torch.bfloat16, device="cuda")
-    report["host us"] = host_microseconds(lambda: launch.linear(x, data, GGMLType.Q4_K, (64, 256)))
-    print(f"host: {report['host us']:.1f} us a call")
+    report["host us"] = host_costs()
+    print("host us, M = 1: " + ", ".join(f"{what} {us:.1f}" for what, us in report["host us"].items()))
     if args.out:
         args.out.write_text(json.dumps(report, indent=1))
 

@@ -61,7 +61,7 @@ def assert_same_bits(got: torch.Tensor, want: torch.Tensor) -> None:
 def few_blocks(ggml_type: GGMLType, rng: np.random.Generator) -> np.ndarray:
     """Two full programs and a third that has one block; enough blocks for each special scale once."""
     kernel = launch.KERNELS[ggml_type]
-    return random_blocks(ggml_type, max(2 * kernel.lanes // kernel.per_block + 1, 25), rng)
+    return random_blocks(ggml_type, max(2 * kernel.small[0] // kernel.per_block + 1, 25), rng)
 
 
 def test_every_type_has_a_kernel():

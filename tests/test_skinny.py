@@ -6,12 +6,20 @@ sum of the magnitudes that went into it. Those are |w| |x|, but where a type has
 s q x and of m x are taken apart. A sub-block of 32 or 16 random q holds both a large and a small q, so that s q and m
 are at most three times its largest |w|; to be safe that of the row is taken. Then the result is rounded to the type
 of x, by at most 2^-8 (bfloat16), 2^-11 (float16) or 2^-24 of it, and float16 has its subnormals.
+Matrix instructions are given integers that are 128 too large, or less than 256 with the type's own zero; what that adds
+is taken off the sum of each sub-block. Such a sum is made by at most 16 additions that each err by 2^-23 (the unit cuts
+off) of 256 s |x|, and s, the step between two numbers, is at most the row's largest |w|: half of 2^-11 of that, twice
+for the two parts of a signed byte.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,7 +37,11 @@ with pytest.MonkeyPatch.context() as patch:
     # What @triton.jit makes of a kernel is decided when the kernel's module is imported.
     if DEVICE.type == "cpu":
         patch.setenv("TRITON_INTERPRET", "1")
-    from pack.loaders.quant.kernels import launch
+    from pack.loaders.quant.kernels import multiply
+
+# Each type by the program for matrix instructions, with a number of rows and a type of x in turn.
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+BY_MATRIX = [(t, [1, 2, 3, 8][i % 4], DTYPES[i % 3]) for i, t in enumerate(multiply.FRAGMENTS)]
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 quantised = pytest.mark.parametrize("ggml_type", sorted(QUANTISED), ids=lambda t: t.name)
@@ -53,15 +65,19 @@ def weight(ggml_type: GGMLType, shape: tuple[int, int], rng: np.random.Generator
     return data, reference.dequantize(data, ggml_type, shape, torch.float32).double()
 
 
-def check(x: torch.Tensor, ggml_type: GGMLType, rows: int, rng: np.random.Generator) -> None:
+def check(x: torch.Tensor, ggml_type: GGMLType, rows: int, rng: np.random.Generator, config=None) -> None:
     columns = x.shape[-1]
     data, w = weight(ggml_type, (rows, columns), rng)
     bias = numbers(rng, rows).to(x.dtype)
-    got = launch.linear(x, data, ggml_type, (rows, columns), bias)
+    got = multiply.linear(x, data, ggml_type, (rows, columns), bias, config)
     assert got.dtype == x.dtype and got.shape == (*x.shape[:-1], rows)
     want = x.double() @ w.T + bias.double()
     magnitude = x.double().abs().sum(-1, keepdim=True) * 3 * w.abs().amax(1) + bias.double().abs()
     bound = (columns + 3) * 2.0**-24 * magnitude + ROUNDING[x.dtype] * want.abs() + 2.0**-25
+    if ggml_type in multiply.FRAGMENTS:
+        bound += 2.0**-11 * x.double().abs().sum(-1, keepdim=True) * w.abs().amax(1)
+    if DEVICE.type == "cpu" and x.dtype == torch.bfloat16:
+        bound += ROUNDING[x.dtype] * want.abs()  # the interpreter cuts off where it should round
     # Random scales make products that float16 cannot hold; next to its limit either side of it is right.
     limit = torch.finfo(x.dtype).max
     inside, outside = want.abs() < limit - bound, want.abs() > limit * (1 + ROUNDING[x.dtype]) + bound
@@ -77,19 +93,40 @@ def test_equals_the_exact_product(ggml_type, m, rng):
     check(numbers(rng, m, 768 if m == 3 else 1280), ggml_type, 5, rng)
 
 
+@pytest.mark.parametrize(("ggml_type", "m", "dtype"), BY_MATRIX, ids=lambda p: getattr(p, "name", str(p)))
+def test_by_matrix_instructions(ggml_type, m, dtype, rng):
+    """Nine rows and few blocks: neither whole programs nor whole steps. Without a GPU the instruction is worked out."""
+    columns = 512 if BLOCKS[ggml_type].elements == 256 else 9 * 32
+    check((numbers(rng, m, columns) / 256).to(dtype), ggml_type, 9, rng, multiply.FRAGMENTS[ggml_type])
+
+
+def test_a_program_that_is_wrong_is_noticed(rng):
+    """As one would be whose lanes hold other elements than the instruction takes them for."""
+    right = multiply.FRAGMENTS[GGMLType.Q4_0]
+    data, _ = weight(GGMLType.Q4_0, (9, 288), rng)
+    x = numbers(rng, 1, 288)
+    multiply.linear(x, data, GGMLType.Q4_0, (9, 288), None, right)
+    with pytest.raises(multiply.WrongResultError):
+        multiply.linear(x, data, GGMLType.Q4_0, (9, 288), None, replace(right, zero=right.zero + 4))
+
+
 @quantised
 def test_half_precision_input_of_any_rank(ggml_type, rng):
     check((numbers(rng, 2, 1, 512) / 256).to(torch.float16), ggml_type, 6, rng)  # no product overflows
 
 
-@quantised
-def test_nearer_than_the_weight_rounded_to_bfloat16(ggml_type, rng):
+NEARER = [(ggml_type, False) for ggml_type in sorted(QUANTISED)] + [(GGMLType.Q2_K, True), (GGMLType.Q8_0, True)]
+
+
+@pytest.mark.parametrize(("ggml_type", "by_matrix"), NEARER, ids=lambda p: getattr(p, "name", str(p)))
+def test_nearer_than_the_weight_rounded_to_bfloat16(ggml_type, by_matrix, rng):
     """On random data; the types whose numbers bfloat16 holds exactly lose nothing by that rounding."""
     data, w = weight(ggml_type, (8, 512), rng)
     x = numbers(rng, 2, 512)
     want = x.double() @ w.T
     rounded = x.double() @ w.bfloat16().double().T
-    error = (launch.linear(x, data, ggml_type, (8, 512)).double() - want).abs()
+    config = multiply.FRAGMENTS[ggml_type] if by_matrix else None
+    error = (multiply.linear(x, data, ggml_type, (8, 512), None, config).double() - want).abs()
     if torch.equal(w.bfloat16().double(), w):
         assert ggml_type in (GGMLType.MXFP4, GGMLType.NVFP4)
     else:
@@ -106,7 +143,7 @@ def test_bytes_at_any_address(name, offset, rng):
     moved = buffer[start : start + data.numel()]
     moved.copy_(data)
     x = numbers(rng, 1, 256)
-    assert torch.equal(launch.linear(x, moved, ggml_type, (3, 256)), launch.linear(x, data, ggml_type, (3, 256)))
+    assert torch.equal(multiply.linear(x, moved, ggml_type, (3, 256)), multiply.linear(x, data, ggml_type, (3, 256)))
 
 
 def test_lanes_without_a_block_of_their_own_add_nothing(rng):
@@ -114,13 +151,13 @@ def test_lanes_without_a_block_of_their_own_add_nothing(rng):
     blocks = random_blocks(GGMLType.Q8_0, 2 * 3, rng, specials=False)
     blocks[5, :2] = (0x00, 0x7C)
     data = torch.from_numpy(blocks.reshape(-1)).to(DEVICE)
-    y = launch.linear(numbers(rng, 1, 96), data, GGMLType.Q8_0, (2, 96))
+    y = multiply.linear(numbers(rng, 1, 96), data, GGMLType.Q8_0, (2, 96))
     assert y[0, 0].isfinite() and not y[0, 1].isfinite()
 
 
 def test_no_rows_make_no_rows(rng):
     data, _ = weight(GGMLType.Q4_K, (4, 256), rng)
-    assert launch.linear(numbers(rng, 0, 256), data, GGMLType.Q4_K, (4, 256)).shape == (0, 4)
+    assert multiply.linear(numbers(rng, 0, 256), data, GGMLType.Q4_K, (4, 256)).shape == (0, 4)
 
 
 @pytest.mark.parametrize(
@@ -131,12 +168,70 @@ def test_no_rows_make_no_rows(rng):
 def test_what_does_not_fit_is_refused(x_shape, bias_shape, what, rng):
     data, _ = weight(GGMLType.Q4_K, (4, 256), rng)
     with pytest.raises(ValueError, match=what):
-        launch.linear(numbers(rng, *x_shape), data, GGMLType.Q4_K, (4, 256), numbers(rng, *bias_shape))
+        multiply.linear(numbers(rng, *x_shape), data, GGMLType.Q4_K, (4, 256), numbers(rng, *bias_shape))
+
+
+COMPILE = """
+import re, sys, types
+sys.modules["pack"] = package = types.ModuleType("pack")
+package.__path__ = [sys.argv[1]]
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from pack.loaders.gguf.types import GGMLType
+from pack.loaders.quant.kernels import matrix, multiply
+
+fragment = multiply.FRAGMENTS[GGMLType.Q4_K]
+head = fragment.places, fragment.decode, fragment.units, fragment.minus_zero
+values = *head, 144, 256, 16, 12, int(sys.argv[2]), 4, 2, False
+kinds = ["*u8", "*bf16", "*bf16", "*bf16", "i32", "i32"] + ["constexpr"] * len(values)
+constants = {(6 + i,): value for i, value in enumerate(values)}
+aligned = {(i,): [["tt.divisibility", 16]] for i in range(4)}
+source = ASTSource(matrix.matrix, dict(zip(matrix.matrix.arg_names, kinds)), constants, aligned)
+compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+ir = compiled.asm["ttgir"]
+layouts = dict(re.findall(r"^(#\\w+) = (#ttg.blocked<.*>)$", ir, re.M))
+instructions = [line for line in ir.splitlines() if "elementwise_inline_asm" in line]
+used = {name for line in instructions for name in re.findall(r"#\\w+(?=>)", line)}
+print(*(layouts[name] for name in used), "mma.sync" in compiled.asm["ptx"], sep=";")
+"""
+
+
+@pytest.mark.parametrize("m", [1, 8])
+def test_lanes_lie_as_the_instruction_reads_them(m):
+    """Element i of a tensor of a program is lane i's. Triton decides that; it compiles without a GPU."""
+    root = Path(__file__).resolve().parents[1]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = [sys.executable, "-c", COMPILE, str(root), str(m)]
+    printed = subprocess.run(run, env=env, capture_output=True, text=True, check=True).stdout.strip()
+    natural = "#ttg.blocked<{sizePerThread = [1], threadsPerWarp = [32], warpsPerCTA = [4], order = [0]}>"
+    assert printed == f"{natural};True"
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_K", "IQ2_XS"])
+def test_a_bound_call_gives_the_same_product(name, rng):
+    """Again and again, for other x, other numbers of rows and x that is not contiguous."""
+    ggml_type = GGMLType[name]
+    data, _ = weight(ggml_type, (5, 512), rng)
+    bias = numbers(rng, 5)
+
+    def unbound(x: torch.Tensor) -> torch.Tensor:
+        return multiply.linear(x, data, ggml_type, (5, 512), bias)
+
+    call = multiply.bind(data, ggml_type, (5, 512), bias, unbound)
+    for x in (numbers(rng, 1, 512), numbers(rng, 1, 512), numbers(rng, 2, 512), numbers(rng, 512, 2).t()):
+        assert torch.equal(call(x), unbound(x)) and torch.equal(call(x), unbound(x))
+
+
+def test_a_bound_call_refuses_what_it_is_told_to():
+    data = torch.zeros(4 * 34, dtype=torch.uint8, device=DEVICE)
+    call = multiply.bind(data, GGMLType.Q8_0, (4, 32), None, lambda x: None)
+    assert call(torch.zeros(1, 32, device=DEVICE)) is None
 
 
 @pytest.mark.cuda
 @quantised
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_layer_of_a_model(ggml_type, dtype, rng):
     """Twice, for the kept kernel's own path."""
     for m in (1, 2, 2, 7):

@@ -6,9 +6,9 @@
 Both give the same bits. A kernel that does not compile or launch is given up for its type on that kind of device,
 with the reason, and the reference takes over: slower, never wrong. `choices()` says what was decided and why.
 
-Layers call `dequantize`. What is traced (`torch.compile`) or reached through tensor dispatch goes through the
-registered operator `torch.ops.sluice.dequantize`, which is opaque to the compiler; calling it costs microseconds
-that an eager layer saves by not doing so.
+Layers call the functions. What is traced (`torch.compile`) or reached through tensor dispatch goes through the
+registered operators `torch.ops.sluice.dequantize` and `.linear_of_few`, which are opaque to the compiler; calling one
+costs microseconds that an eager layer saves by not doing so.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ TRITON_DEVICES = frozenset({"cuda", "xpu"})  # ROCm calls itself cuda
 
 _chosen: dict[str, tuple[ModuleType | None, str]] = {}  # kind of device -> kernels or None, and the reason for it
 _failures: dict[tuple[str, GGMLType], str] = {}  # kind of device and type whose kernel does not work -> why
+_without_products: dict[tuple[str, GGMLType], str] = {}  # the same for the kernel that adds LoRAs
 
 
 def _choose(kind: str) -> tuple[ModuleType | None, str]:
@@ -41,10 +42,11 @@ def _choose(kind: str) -> tuple[ModuleType | None, str]:
     if importlib.util.find_spec("triton") is None:
         return None, "torch: Triton is not installed (on Windows: pip install triton-windows)"
     try:
-        from .kernels import launch
+        from . import kernels
+        from .kernels import launch, multiply  # noqa: F401  (its modules)
     except Exception as error:  # a broken Triton raises anything, and models must load all the same
         return None, f"torch: Triton does not work here ({type(error).__name__}: {error})"
-    return launch, "triton"
+    return kernels, "triton"
 
 
 def _kernels(kind: str, ggml_type: GGMLType) -> Any:
@@ -81,7 +83,7 @@ def dequantize(data: torch.Tensor, ggml_type: GGMLType, shape: Sequence[int], dt
     """
     kernels = _kernels(data.device.type, ggml_type)
     if kernels is not None:
-        weight = _tried(data, ggml_type, kernels.dequantize, data, ggml_type, shape, dtype)
+        weight = _tried(data, ggml_type, kernels.launch.dequantize, data, ggml_type, shape, dtype)
         if weight is not None:
             return weight
     return reference.dequantize(data, ggml_type, shape, dtype)
@@ -94,10 +96,18 @@ def bind(data: torch.Tensor, ggml_type: GGMLType, shape: Sequence[int], dtype: t
     """
     kernels = _kernels(data.device.type, ggml_type)
     if kernels is not None:
-        call = _tried(data, ggml_type, kernels.bind, data, ggml_type, shape, dtype)
+        call = _tried(data, ggml_type, kernels.launch.bind, data, ggml_type, shape, dtype)
         if call is not None:
             return call
     return partial(reference.dequantize, data, ggml_type, shape, dtype)
+
+
+def few_elements(kind: str, ggml_type: GGMLType, shape: Sequence[int]) -> int:
+    """Up to how many elements of x `linear_of_few` multiplies by a weight of `shape` on a kind of device; -1: none."""
+    kernels = _kernels(kind, ggml_type)
+    if kernels is None or shape[1] % BLOCKS[ggml_type].elements:
+        return -1
+    return kernels.multiply.few(ggml_type, torch.device(kind)) * shape[1]
 
 
 def linear_of_few(
@@ -108,12 +118,56 @@ def linear_of_few(
     It is for few rows of `x` (the modulation layers of a diffusion transformer see one for each picture), for which
     reading the weight is all the work. Nearer to the exact product than a weight rounded to 16 bits gives.
     """
+    if x.numel() > few_elements(data.device.type, ggml_type, shape) or x.requires_grad:
+        return None
     kernels = _kernels(data.device.type, ggml_type)
-    if kernels is None or x.numel() > kernels.KERNELS[ggml_type].few * shape[1] or x.requires_grad:
+    return _tried(data, ggml_type, kernels.multiply.linear, x, data, ggml_type, shape, bias)
+
+
+def bind_linear(
+    data: torch.Tensor, ggml_type: GGMLType, shape: Sequence[int], bias: torch.Tensor | None
+) -> Callable[[torch.Tensor], torch.Tensor | None] | None:
+    """`linear_of_few` by these very bytes and bias as a call with x alone, cheaper for the host; None: it never serves.
+
+    The call answers None where `linear_of_few` does. It keeps `data` and `bias` alive and must be dropped when either
+    moves.
+    """
+    kind = data.device.type
+    if few_elements(kind, ggml_type, shape) < 0:
         return None
-    if shape[1] % BLOCKS[ggml_type].elements:
+
+    def unbound(x: torch.Tensor) -> torch.Tensor | None:
+        return linear_of_few(x, data, ggml_type, shape, bias)
+
+    return _kernels(kind, ggml_type).multiply.bind(data, ggml_type, shape, bias, unbound)
+
+
+def dequantize_with_products(
+    data: torch.Tensor,
+    ggml_type: GGMLType,
+    shape: Sequence[int],
+    products: Sequence[tuple[slice, torch.Tensor, torch.Tensor]],
+) -> torch.Tensor | None:
+    """`dequantize` with b a added to some rows before the one rounding, where there is a kernel for that; else None.
+
+    Args:
+        products: (rows, a [R, columns], b [rows, R]) in the dtype of the result; their rows do not overlap.
+    """
+    kernels, kind, dtype = _kernels(data.device.type, ggml_type), data.device.type, products[0][1].dtype
+    if kernels is None or (kind, ggml_type) in _without_products:
         return None
-    return _tried(data, ggml_type, kernels.linear, x, data, ggml_type, shape, bias)
+    from .kernels import folded  # needs Triton, as the kernels do
+
+    if not folded.fits(ggml_type, shape, dtype) or max(len(a) for _, a, _ in products) > folded.MAX_RANK:
+        return None
+    try:
+        return folded.dequantize_rows(data, ggml_type, shape, products)
+    except _NOT_THE_KERNELS:
+        raise
+    except Exception as error:  # too large for this GPU, say; the weight is made without it then
+        _without_products[kind, ggml_type] = f"{type(error).__name__}: {error}"
+        log.warning("LoRAs are added to %s weights on %s after they are made: %s", ggml_type.name, data.device, error)
+        return None
 
 
 def choices() -> dict[str, str]:
@@ -122,12 +176,54 @@ def choices() -> dict[str, str]:
     return decided | {f"{kind} {t.name}": f"torch: its kernel failed: {why}" for (kind, t), why in _failures.items()}
 
 
-@torch.library.custom_op("sluice::dequantize", mutates_args=())
-def dequantize_op(data: torch.Tensor, ggml_type: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """`dequantize` as an operator of torch, for whatever traces."""
+def kept_kernels() -> int:
+    """How many compiled kernels are kept, for all devices together."""
+    modules = {kernels for kernels, _ in _chosen.values() if kernels is not None}
+    return sum(kernels.launch.kept.count() for kernels in modules)
+
+
+# Defined by schema, because what `torch.library.custom_op` wraps around a function costs 15 us at every call.
+torch.library.define(
+    "sluice::dequantize",
+    "(Tensor data, int ggml_type, SymInt[] shape, ScalarType dtype) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.define(
+    "sluice::linear_of_few",
+    "(Tensor x, Tensor data, int ggml_type, SymInt[] shape, Tensor? bias) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl("sluice::dequantize", "CompositeExplicitAutograd")
+def _dequantize(data: torch.Tensor, ggml_type: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     return dequantize(data, GGMLType(ggml_type), shape, dtype)
 
 
-@dequantize_op.register_fake
+@torch.library.register_fake("sluice::dequantize")
 def _(data: torch.Tensor, ggml_type: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     return data.new_empty(shape, dtype=dtype)
+
+
+@torch.library.impl("sluice::linear_of_few", "CompositeExplicitAutograd")
+def _linear_of_few(
+    x: torch.Tensor, data: torch.Tensor, ggml_type: int, shape: Sequence[int], bias: torch.Tensor | None
+) -> torch.Tensor:
+    result = linear_of_few(x, data, GGMLType(ggml_type), shape, bias)
+    if result is None:  # the kernel failed since this was traced
+        weight = dequantize(data, GGMLType(ggml_type), shape, x.dtype)
+        result = torch.nn.functional.linear(x, weight, bias)
+    return result
+
+
+@torch.library.register_fake("sluice::linear_of_few")
+def _(
+    x: torch.Tensor, data: torch.Tensor, ggml_type: int, shape: Sequence[int], bias: torch.Tensor | None
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], shape[0]))
+
+
+# The functions of these names, for whatever traces; they have no derivative. The second must not be traced for an x
+# that has more than `few_elements`.
+dequantize_op = torch.ops.sluice.dequantize.default
+linear_of_few_op = torch.ops.sluice.linear_of_few.default

@@ -21,7 +21,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedLayout, QuantizedTensor, register_layout_class, register_layout_op
 
 from ..gguf.types import BLOCKS, GGMLType
-from .dispatch import dequantize_op
+from .dispatch import dequantize_op, few_elements, linear_of_few_op
 
 LAYOUT = "SluiceGGUFLayout"
 
@@ -146,6 +146,11 @@ def rows_of(tensor: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
 @register_layout_op(torch.ops.aten.linear.default, GGUFLayout)
 def _linear(qt: Any, args: tuple, kwargs: dict) -> torch.Tensor:
     x, weight, bias = args[0], args[1], args[2] if len(args) > 2 else None
+    params = weight._params
+    # The compiler plans for the result of a matrix product of torch better than for that of an operator of ours.
+    few = -1 if params.transposed else few_elements(x.device.type, params.ggml_type, params.orig_shape)
+    if x.numel() <= few and not (torch.is_grad_enabled() and x.requires_grad):
+        return linear_of_few_op(x, weight._qdata, params.ggml_type, params.orig_shape, bias)
     return torch.nn.functional.linear(x, dense(weight, x.dtype), bias)
 
 

@@ -2,7 +2,8 @@
 
 torch's CPU allocator gives a large block back to the operating system when it is freed, and the next one is zeroed
 page by page: for a float32 weight of 38 MB that takes longer than dequantising it from Q8_0. So a model keeps one
-buffer, as large as its largest weight. GPU allocators keep blocks themselves and need no such thing.
+buffer, as large as its largest weight. GPU allocators keep blocks themselves: a buffer of ours makes no step shorter
+there (benchmarks/results/flux_variants_h200.txt).
 
 The buffer goes when the host moves the model (to unload it, say), or with the model that owns it. A result must not
 be a view of it, and it must not be used where autograd keeps the weight for a backward pass.

@@ -87,11 +87,13 @@ def unsigned_word(ptr):
 def straddling_words(ptr):
     """The two 32-bit words at any `ptr`, from the two or three aligned words they lie in: no other byte is touched
     but those that share a word with theirs, and no allocation ends within a word."""
-    past = ptr.to(tl.uint64) & 3
-    w0 = unsigned_word(ptr - past)
-    w1 = unsigned_word(ptr - past + 4)
-    w2 = unsigned_word(ptr + 7 - ((past + 7) & 3))
-    return ((w1 << 32 | w0) >> (past * 8)).to(tl.int32), ((w2 << 32 | w1) >> (past * 8)).to(tl.int32)
+    past = (ptr.to(tl.uint64) & 3).to(tl.int32)
+    first = ptr - past
+    w0 = unsigned_word(first)
+    w1 = unsigned_word(first + 4)
+    w2 = unsigned_word(first + 4 + ((past + 3) & 4))
+    shift = (past * 8).to(tl.uint64)
+    return ((w1 << 32 | w0) >> shift).to(tl.int32), ((w2 << 32 | w1) >> shift).to(tl.int32)
 
 
 @triton.jit
@@ -100,9 +102,9 @@ def words(ptr, ALIGN: tl.constexpr):
     if ALIGN % 8 == 0:
         pair = ptr.to(tl.pointer_type(tl.int32), bitcast=True)
         return tl.split(tl.load(pair[:, None] + tl.arange(0, 2)[None, :]))
-    if ALIGN % 2 == 1:
-        return straddling_words(ptr)
-    return word(ptr, ALIGN), word(ptr + 4, ALIGN)
+    if ALIGN % 4 == 0:
+        return word(ptr, ALIGN), word(ptr + 4, ALIGN)
+    return straddling_words(ptr)
 
 
 @triton.jit

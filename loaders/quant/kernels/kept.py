@@ -24,7 +24,13 @@ import triton
 
 DIRECT = torch.version.cuda is not None and triton.__version__.split(".")[:2] in [["3", str(n)] for n in range(1, 7)]
 
+_proven: set[Hashable] = set()  # variants whose bound call was seen to give the bits of the public way
 _kept: dict[Hashable, tuple[Any, tuple]] = {}  # variant -> compiled kernel, its arguments after those of the call
+
+
+def count() -> int:
+    """How many variants are kept."""
+    return len(_kept)
 
 
 def start(
@@ -68,3 +74,15 @@ def bound(variant: Hashable, programs: int, index: int) -> Callable[..., None] |
     stream = torch._C._cuda_getCurrentRawStream
     rest = tuple(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in rest)  # the tables are never freed
     return lambda *args: run(programs, 1, 1, stream(index), function, packed, None, None, None, *args, *rest)
+
+
+def proves(variant: Hashable, again: Callable[[], torch.Tensor], expected: torch.Tensor) -> bool:
+    """Whether the bound call `again` gives the bits that the public way gave; looked at once for each variant."""
+    if variant in _proven:
+        return True
+    result = again()
+    whole = result.numel() * result.element_size() % 4 == 0  # words, for a comparison needs memory for each element
+    got, wanted = (t.reshape(-1).view(torch.int32 if whole else torch.uint8) for t in (result, expected))
+    if torch.equal(got, wanted):
+        _proven.add(variant)
+    return variant in _proven

@@ -14,8 +14,9 @@ Element 128 h + 32 k + i (h = 0, 1; k = 0..3; i = 0..31) unless said otherwise; 
                                                                  bits 2k of qh[32 h + i];  y = (d sc) (q - 32)
 
 A lane makes elements of two of the eight 32s of a superblock, 8 of each where 16 lanes share it (to dequantise: the
-lanes of a quarter store 64 or 128 bytes of bf16 next to each other), 16 of each where 8 do (to multiply: each sub-scale
-is unpacked for 16 elements).
+lanes of a quarter store 64 bytes of bf16 next to each other), 16 of each where 8 do (to multiply: each sub-scale is
+unpacked for 16 elements). In Q3_K and Q6_K, whose bytes cost more loads, it makes 8 of each of the four 32s of a half,
+so that all bits that it loads are its own.
 Layouts: ggml-common.h of llama.cpp. How the pieces work: bits.py.
 """
 
@@ -25,7 +26,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .bits import byte, f16, field, half, minus_f16, octet, quad, straddling_words, word, words
+from .bits import byte, f16, field, half, minus_f16, octet, quad, word, words
 
 
 @triton.jit
@@ -47,15 +48,9 @@ def chunks_32(lane, PER_BLOCK: tl.constexpr):
 
 
 @triton.jit
-def chunks_64(lane, PER_BLOCK: tl.constexpr):
-    """Like `chunks_32`, for lanes with elements in 32s that are 64 apart: neighbours fill whole lines of 128 bytes."""
-    h, p, c = quarters(lane, PER_BLOCK)
-    at = h * 128 + p * 32 + c * (128 // PER_BLOCK)
-    if PER_BLOCK == 16:
-        offsets = (0, 64)
-    else:
-        offsets = (0, 8, 64, 72)
-    return at, offsets, ()
+def chunks_8(lane, PER_BLOCK: tl.constexpr):
+    """Like `chunks_32`, for lanes with 8 elements in each 32 of a half."""
+    return lane // 4 * 128 + lane % 4 * 8, (0, 32, 64, 96), ()
 
 
 @triton.jit
@@ -71,9 +66,7 @@ def doubled(first, second, PER_BLOCK: tl.constexpr):
 @triton.jit
 def run(ptr, PER_BLOCK: tl.constexpr, ALIGN: tl.constexpr):
     """The words of a lane's run of bytes: two for 8 (PER_BLOCK = 16) or four for 16 (8)."""
-    if PER_BLOCK == 16 and ALIGN % 4 != 0:  # fewer loads, more arithmetic: to dequantise has some to spare
-        w = straddling_words(ptr)
-    elif PER_BLOCK == 16:
+    if PER_BLOCK == 16:
         w = words(ptr, ALIGN)
     else:
         w = quad(ptr, ALIGN)
@@ -99,28 +92,39 @@ def q2_k(src, lane, magic, table, ALIGN: tl.constexpr, PER_BLOCK: tl.constexpr):
 
 @triton.jit
 def q3_k(src, lane, magic, table, ALIGN: tl.constexpr, PER_BLOCK: tl.constexpr):
-    h, p, c = quarters(lane, PER_BLOCK)
+    h = lane // 4
+    c = lane % 4
     d = f16(half(src + 108, ALIGN))
     # Low four bits of sub-scale 8h + j: nibble h of byte j. High two: bits 2 (2h + j / 4) of byte 8 + j % 4.
-    j = p * 2 + c * (128 // PER_BLOCK) // 16
-    high = byte(src + 104 + j) >> (h * 4)
-    s0 = ((byte(src + 96 + j) >> (h * 4)) & 15) | ((high & 3) << 4)
-    s1 = ((byte(src + 100 + j) >> (h * 4)) & 15) | ((high & 12) << 2)
-    q0, q1 = (), ()
-    for i in tl.static_range(16 // PER_BLOCK):
-        at = c * (128 // PER_BLOCK) + i * 8
-        ha, hb = words(src + at, ALIGN)
-        a, b = words(src + 32 + h * 32 + at, ALIGN)
-        a = (a >> (2 * p)) & 0x33333333
-        b = (b >> (2 * p)) & 0x33333333
-        ha = ha >> (h * 4 + p)
-        hb = hb >> (h * 4 + p)
-        a = a | ((ha << 2) & 0x04040404) | ((ha << 4) & 0x40404040)
-        b = b | ((hb << 2) & 0x04040404) | ((hb << 4) & 0x40404040)
-        q0 += (octet(a, b, magic, 0, 3, MINUS=4),)
-        q1 += (octet(a, b, magic, 4, 3, MINUS=4),)
-    scales = doubled(field(s0, magic, 0, 6, MINUS=32), field(s1, magic, 0, 6, MINUS=32), PER_BLOCK)
-    return q0 + q1, scales, (d,), (), ()
+    sc = src + 96 + c // 2
+    high0 = byte(sc + 8) >> (h * 4)
+    high1 = byte(sc + 10) >> (h * 4)
+    s0 = ((byte(sc) >> (h * 4)) & 15) | ((high0 & 3) << 4)
+    s1 = ((byte(sc + 2) >> (h * 4)) & 15) | ((high1 & 3) << 4)
+    s2 = ((byte(sc + 4) >> (h * 4)) & 15) | ((high0 & 12) << 2)
+    s3 = ((byte(sc + 6) >> (h * 4)) & 15) | ((high1 & 12) << 2)
+    ha, hb = words(src + c * 8, ALIGN)
+    a, b = words(src + 32 + h * 32 + c * 8, ALIGN)
+    ha = ha >> (h * 4)
+    hb = hb >> (h * 4)
+    # In every byte: the three bits of k = 0 and of k = 2, and those of k = 1 and of k = 3.
+    a02 = (a & 0x33333333) | ((ha << 2) & 0x04040404) | ((ha << 4) & 0x40404040)
+    b02 = (b & 0x33333333) | ((hb << 2) & 0x04040404) | ((hb << 4) & 0x40404040)
+    a13 = ((a >> 2) & 0x33333333) | ((ha << 1) & 0x04040404) | ((ha << 3) & 0x40404040)
+    b13 = ((b >> 2) & 0x33333333) | ((hb << 1) & 0x04040404) | ((hb << 3) & 0x40404040)
+    quants = (
+        octet(a02, b02, magic, 0, 3, MINUS=4),
+        octet(a13, b13, magic, 0, 3, MINUS=4),
+        octet(a02, b02, magic, 4, 3, MINUS=4),
+        octet(a13, b13, magic, 4, 3, MINUS=4),
+    )
+    scales = (
+        field(s0, magic, 0, 6, MINUS=32),
+        field(s1, magic, 0, 6, MINUS=32),
+        field(s2, magic, 0, 6, MINUS=32),
+        field(s3, magic, 0, 6, MINUS=32),
+    )
+    return quants, scales, (d,), (), ()
 
 
 @triton.jit
@@ -175,24 +179,45 @@ def q5_k(src, lane, magic, table, ALIGN: tl.constexpr, PER_BLOCK: tl.constexpr):
 
 
 @triton.jit
+def six_bits(low, high, magic, N: tl.constexpr, UP: tl.constexpr):
+    """Nibbles N of the eight bytes of the words `low`, with bits UP and UP + 1 of those of `high` above them."""
+    a, b = low
+    ha, hb = high
+    if UP < 4:
+        ha = ha << (4 - UP)
+        hb = hb << (4 - UP)
+    elif UP > 4:
+        ha = ha >> (UP - 4)
+        hb = hb >> (UP - 4)
+    qa = ((a >> (4 * N)) & 0x0F0F0F0F) | (ha & 0x30303030)
+    qb = ((b >> (4 * N)) & 0x0F0F0F0F) | (hb & 0x30303030)
+    return octet(qa, qb, magic, 0, 6, MINUS=32)
+
+
+@triton.jit
+def signed_byte(ptr, magic):
+    return field(byte(ptr), magic, 0, 8, MINUS=128, FLIP=128)
+
+
+@triton.jit
 def q6_k(src, lane, magic, table, ALIGN: tl.constexpr, PER_BLOCK: tl.constexpr):
-    h, p, c = quarters(lane, PER_BLOCK)
+    h = lane // 4
+    c = lane % 4
     d = f16(half(src + 208, ALIGN))
-    at = c * (128 // PER_BLOCK)
-    scale = src + 192 + h * 8 + p * 2 + at // 16
-    s0 = field(byte(scale), magic, 0, 8, MINUS=128, FLIP=128)
-    s1 = field(byte(scale + 4), magic, 0, 8, MINUS=128, FLIP=128)
-    high = run(src + 128 + h * 32 + at, PER_BLOCK, ALIGN)
-    low = run(src + h * 64 + p * 32 + at, PER_BLOCK, ALIGN)
-    q0, q1 = (), ()
-    for i in tl.static_range(16 // PER_BLOCK):
-        a, b = low[2 * i], low[2 * i + 1]
-        ha = high[2 * i] >> (2 * p)
-        hb = high[2 * i + 1] >> (2 * p)
-        low_a = (a & 0x0F0F0F0F) | ((ha << 4) & 0x30303030)
-        low_b = (b & 0x0F0F0F0F) | ((hb << 4) & 0x30303030)
-        q0 += (octet(low_a, low_b, magic, 0, 6, MINUS=32),)
-        high_a = ((a >> 4) & 0x0F0F0F0F) | (ha & 0x30303030)
-        high_b = ((b >> 4) & 0x0F0F0F0F) | (hb & 0x30303030)
-        q1 += (octet(high_a, high_b, magic, 0, 6, MINUS=32),)
-    return q0 + q1, doubled(s0, s1, PER_BLOCK), (d,), (), ()
+    sc = src + 192 + h * 8 + c // 2
+    scales = (
+        signed_byte(sc, magic),
+        signed_byte(sc + 2, magic),
+        signed_byte(sc + 4, magic),
+        signed_byte(sc + 6, magic),
+    )
+    high = words(src + 128 + h * 32 + c * 8, ALIGN)
+    even = words(src + h * 64 + c * 8, ALIGN)
+    odd = words(src + h * 64 + 32 + c * 8, ALIGN)
+    quants = (
+        six_bits(even, high, magic, 0, 0),
+        six_bits(odd, high, magic, 0, 2),
+        six_bits(even, high, magic, 1, 4),
+        six_bits(odd, high, magic, 1, 6),
+    )
+    return quants, scales, (d,), (), ()

@@ -26,7 +26,8 @@ class Kernel:
 
     Attributes:
         decode, chunks: what programs.py calls, see [Note: Decoders] there.
-        per_block, lanes, warps: to dequantise: lanes that share a block, lanes and warps of a program.
+        per_block: to dequantise: lanes that share a block.
+        large, small: to dequantise tensors of more than SMALL elements, and others: lanes and warps of a program.
         skinny_per_block, skinny_rows, skinny_lanes: to multiply: lanes that share a block, rows of the weight for a
             program, and lanes for each of these rows, one to a thread.
         few: rows of x up to which to multiply is faster than to dequantise and call cuBLAS.
@@ -39,38 +40,42 @@ class Kernel:
     skinny_lanes: int = 32
     skinny_rows: int = 4
     few: int = 4
-    lanes: int = 128
-    warps: int = 4
+    large: tuple[int, int] = (64, 1)
+    small: tuple[int, int] = (64, 1)
 
+    def cut(self, elements: int) -> tuple[int, int]:
+        return self.small if elements <= SMALL else self.large
+
+
+# Elements of a tensor of which few programs with much in flight make more than many that come and go: it is written
+# before the first of the many would have been followed by another.
+SMALL = 1 << 24
 
 KERNELS: dict[GGMLType, Kernel] = {
-    GGMLType.Q4_0: Kernel(blocks32.q4_0, chunks_16, 2, 2, skinny_lanes=64, few=8),
-    GGMLType.Q4_1: Kernel(blocks32.q4_1, chunks_16, 2, 2, skinny_lanes=64),
+    GGMLType.Q4_0: Kernel(blocks32.q4_0, chunks_16, 2, 2, skinny_lanes=64, few=8, small=(512, 4)),
+    GGMLType.Q4_1: Kernel(blocks32.q4_1, chunks_16, 2, 2, skinny_lanes=64, small=(512, 4)),
     GGMLType.Q5_0: Kernel(blocks32.q5_0, chunks_16, 2, 2, skinny_lanes=64),
-    GGMLType.Q5_1: Kernel(blocks32.q5_1, chunks_16, 2, 2, skinny_lanes=64),
-    GGMLType.Q8_0: Kernel(blocks32.q8_0, chunks_16, 2, 2, skinny_lanes=64, few=8),
+    GGMLType.Q5_1: Kernel(blocks32.q5_1, chunks_16, 2, 2, skinny_lanes=64, small=(512, 4)),
+    GGMLType.Q8_0: Kernel(blocks32.q8_0, chunks_16, 2, 2, skinny_lanes=64, few=8, small=(512, 4)),
     GGMLType.IQ4_NL: Kernel(blocks32.iq4_nl, chunks_16, 2, 2, skinny_lanes=64),
-    GGMLType.MXFP4: Kernel(blocks32.mxfp4, chunks_16, 2, 2, skinny_lanes=64),
-    GGMLType.NVFP4: Kernel(blocks32.nvfp4, blocks32.nvfp4_chunks, 4, 4),
-    GGMLType.Q2_K: Kernel(kquants.q2_k, kquants.chunks_32, 16, 8),
-    GGMLType.Q3_K: Kernel(kquants.q3_k, kquants.chunks_64, 16, 8, lanes=256),
+    GGMLType.MXFP4: Kernel(blocks32.mxfp4, chunks_16, 2, 2, skinny_lanes=64, small=(512, 4)),
+    GGMLType.NVFP4: Kernel(blocks32.nvfp4, blocks32.nvfp4_chunks, 4, 4, small=(512, 4)),
+    GGMLType.Q2_K: Kernel(kquants.q2_k, kquants.chunks_32, 16, 8, large=(128, 4), small=(128, 2)),
+    GGMLType.Q3_K: Kernel(kquants.q3_k, kquants.chunks_8, 8, 8, large=(32, 1), small=(64, 2)),
     GGMLType.Q4_K: Kernel(kquants.q4_k, kquants.chunks_32, 16, 8),
-    GGMLType.Q5_K: Kernel(kquants.q5_k, kquants.chunks_32, 16, 8),
-    GGMLType.Q6_K: Kernel(kquants.q6_k, kquants.chunks_64, 16, 8, few=8),
-    GGMLType.TQ1_0: Kernel(ternary.tq1_0, ternary.digits, 8, 8),
-    GGMLType.TQ2_0: Kernel(ternary.tq2_0, kquants.chunks_32, 16, 8),
-    GGMLType.IQ1_S: Kernel(iq.iq1_s, chunks_16, 16, 16),
-    GGMLType.IQ1_M: Kernel(iq.iq1_m, chunks_16, 16, 16),
-    GGMLType.IQ2_XXS: Kernel(iq.iq2_xxs, chunks_16, 16, 16),
-    GGMLType.IQ2_XS: Kernel(iq.iq2_xs, chunks_16, 16, 16),
-    GGMLType.IQ2_S: Kernel(iq.iq2_s, chunks_16, 16, 16),
-    GGMLType.IQ3_XXS: Kernel(iq.iq3_xxs, chunks_16, 16, 16),
-    GGMLType.IQ3_S: Kernel(iq.iq3_s, chunks_16, 16, 16),
+    GGMLType.Q5_K: Kernel(kquants.q5_k, kquants.chunks_32, 16, 8, small=(512, 4)),
+    GGMLType.Q6_K: Kernel(kquants.q6_k, kquants.chunks_8, 8, 8, few=8, large=(32, 1), small=(256, 4)),
+    GGMLType.TQ1_0: Kernel(ternary.tq1_0, ternary.digits, 8, 8, small=(256, 4)),
+    GGMLType.TQ2_0: Kernel(ternary.tq2_0, kquants.chunks_32, 16, 8, large=(128, 4), small=(512, 4)),
+    GGMLType.IQ1_S: Kernel(iq.iq1_s, chunks_16, 16, 16, large=(128, 4), small=(128, 4)),
+    GGMLType.IQ1_M: Kernel(iq.iq1_m, chunks_16, 16, 16, large=(512, 4), small=(512, 4)),
+    GGMLType.IQ2_XXS: Kernel(iq.iq2_xxs, chunks_16, 16, 16, large=(128, 4), small=(512, 4)),
+    GGMLType.IQ2_XS: Kernel(iq.iq2_xs, chunks_16, 16, 16, large=(128, 2), small=(512, 4)),
+    GGMLType.IQ2_S: Kernel(iq.iq2_s, chunks_16, 16, 16, large=(128, 2), small=(512, 4)),
+    GGMLType.IQ3_XXS: Kernel(iq.iq3_xxs, chunks_16, 16, 16, large=(512, 4), small=(512, 4)),
+    GGMLType.IQ3_S: Kernel(iq.iq3_s, chunks_16, 16, 16, large=(128, 4), small=(512, 4)),
     GGMLType.IQ4_XS: Kernel(iq.iq4_xs, chunks_16, 16, 16),
 }
-
-SKINNY_ROWS = 8  # rows of x that `linear` takes; `Kernel.few` says up to how many it is worth it
-MANY_ROWS = 6144  # rows of a weight from which on programs that make more of them still fill a GPU
 
 
 def alignment(address: int) -> int:
@@ -124,18 +129,18 @@ def checked_blocks(data: torch.Tensor, ggml_type: GGMLType, shape: Sequence[int]
 
 def run_dequantize(kernel: Kernel, ggml_type: GGMLType, data: torch.Tensor, out: torch.Tensor, blocks: int) -> None:
     """Fill `out` from the `blocks` of `data` by `kernel`."""
-    source = alignment(data.data_ptr())
-    variant = (kernel, out.dtype, source, out.data_ptr() % 16 == 0, data.device)
+    lanes, warps = kernel.cut(out.numel())
+    variant = (kernel, lanes, out.dtype, alignment(data.data_ptr()), out.data_ptr() % 16 == 0, data.device)
 
     def constants() -> tuple:
-        return (*decoder(kernel, ggml_type, data, kernel.per_block), kernel.lanes)
+        return (*decoder(kernel, ggml_type, data, kernel.per_block), lanes)
 
-    kept.start(variant, programs.dequantize, grid(kernel, blocks), (data, out, blocks), constants, kernel.warps)
+    kept.start(variant, programs.dequantize, grid(kernel, lanes, blocks), (data, out, blocks), constants, warps)
 
 
-def grid(kernel: Kernel, blocks: int) -> int:
-    """How many programs dequantise that many blocks."""
-    return -(-blocks * kernel.per_block // kernel.lanes)
+def grid(kernel: Kernel, lanes: int, blocks: int) -> int:
+    """How many programs of that many lanes dequantise that many blocks."""
+    return -(-blocks * kernel.per_block // lanes)
 
 
 def decoder(kernel: Kernel, ggml_type: GGMLType, data: torch.Tensor, per_block: int) -> tuple:
@@ -165,7 +170,9 @@ def bind(
         return slow
     kernel, source, index = KERNELS[ggml_type], data.data_ptr(), device.index
     blocks = data.numel() // BLOCKS[ggml_type].nbytes
-    run = kept.bound((kernel, dtype, alignment(source), True, device), grid(kernel, blocks), index)
+    lanes, _ = kernel.cut(first.numel())
+    variant = kernel, lanes, dtype, alignment(source), True, device
+    run = kept.bound(variant, grid(kernel, lanes, blocks), index)
     if run is None:
         return slow
     strides, current_device = first.stride(), torch._C._cuda_getDevice
@@ -177,59 +184,4 @@ def bind(
         run(source, out.data_ptr(), blocks)
         return out
 
-    return fast
-
-
-def linear(
-    x: torch.Tensor,
-    data: torch.Tensor,
-    ggml_type: GGMLType,
-    shape: Sequence[int],
-    bias: torch.Tensor | None = None,
-    kernel: Kernel | None = None,
-) -> torch.Tensor:
-    """`x W^T + bias` for at most SKINNY_ROWS rows of `x`, reading the quantised bytes of W once and nothing else of it.
-
-    Products are summed in float32 and the result is rounded once, so that it is nearer to the exact product than what
-    a weight dequantised to bfloat16 or float16 gives.
-
-    Args:
-        x: [..., columns] in float32, float16 or bfloat16; the result is [..., rows] in the same.
-        data: the bytes of W; `shape` its (rows, columns).
-        bias: [rows], of any floating point type.
-        kernel: another configuration than the table's, to measure it.
-
-    Raises:
-        ValueError: shapes that do not fit each other or the bytes, or too many rows of `x`.
-    """
-    rows, columns = shape
-    layout = BLOCKS[ggml_type]
-    blocks = checked_blocks(data, ggml_type, shape)
-    m = x.numel() // columns if columns else 0
-    if x.shape[-1] != columns or columns % layout.elements or (bias is not None and bias.shape != (rows,)):
-        raise ValueError(
-            f"a {ggml_type.name} weight of shape {tuple(shape)} (rows of whole blocks of {layout.elements}) cannot "
-            f"multiply x of shape {tuple(x.shape)}{'' if bias is None else f' with bias {tuple(bias.shape)}'}."
-        )
-    if m > SKINNY_ROWS:
-        raise ValueError(f"{m} rows of x: above {SKINNY_ROWS}, dequantise the weight and multiply by that.")
-    out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device=x.device)
-    if out.numel() == 0:
-        return out
-    data, x, kernel = data.contiguous(), x.contiguous(), kernel or KERNELS[ggml_type]
-    bias = None if bias is None else bias.contiguous()
-    per_program = kernel.skinny_rows if rows >= MANY_ROWS else max(1, kernel.skinny_rows // 2)
-    variant = (
-        *(programs.skinny, kernel, per_program, columns, m, data.device, x.dtype),
-        *(alignment(data.data_ptr()), x.data_ptr() % 16 == 0, out.data_ptr() % 16 == 0),
-        *((bias.dtype, bias.data_ptr() % 16 == 0) if bias is not None else ()),
-    )
-
-    def constants() -> tuple:
-        padded = 1 << (m - 1).bit_length()
-        head = decoder(kernel, ggml_type, data, kernel.skinny_per_block)
-        return (*head, blocks // rows, padded, per_program, kernel.skinny_lanes)
-
-    args = (data, x, bias, out, rows, m)
-    kept.start(variant, programs.skinny, -(-rows // per_program), args, constants, kernel.skinny_lanes // 32)
-    return out
+    return fast if kept.proves(variant, fast, first) else slow

@@ -1,0 +1,297 @@
+"""Multiply a few rows by a quantised weight: which of the two programs does it, how it is cut up, and a bound call.
+
+matrix.py is taken wherever its instruction is: on NVIDIA's GPUs from compute capability 8.0 on, for the types that
+fragments.py knows, x at an address that is a multiple of 16. programs.py has a program for everything else. What both
+reach and what binds them is in benchmarks/results/skinny_sweep_h200.txt.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from math import gcd
+from typing import Any
+
+import torch
+import triton
+
+from ...gguf.types import BLOCKS, GGMLType
+from . import fragments, kept, matrix, programs
+from .launch import KERNELS, Kernel, alignment, checked_blocks, decoder, dequantize
+
+log = logging.getLogger("sluice.quant")
+
+SKINNY_ROWS = 8  # rows of x that `linear` takes; `few` says up to how many it is worth it
+MANY_ROWS = 6144  # rows of a weight from which on programs that make more of them still fill a GPU
+
+Cut = tuple[int, int]  # warps of a program, units that a quad takes at once
+
+
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity, at no cost
+class Fragment:
+    """How a type is given to matrix instructions: see fragments.py.
+
+    Attributes:
+        places, decode: what matrix.py calls.
+        units: units of a block.
+        zero: what the decoded integers are too large by, at most 255.
+        cuts: configurations measured on an H200, for 1, 2, up to 4 and up to 8 rows of x; None: programs.py is faster.
+        few: rows of x up to which to multiply is faster than to dequantise and call cuBLAS.
+    """
+
+    places: Any
+    decode: Any
+    units: int
+    zero: int
+    cuts: tuple[Cut | None, Cut | None, Cut | None, Cut | None]
+    few: int = 8
+
+    @property
+    def minus_zero(self) -> int:
+        """Two bfloat16 of -zero in a signed word."""
+        half = int(torch.tensor(-self.zero, dtype=torch.bfloat16).view(torch.int16))
+        return (half << 16) | (half & 0xFFFF)
+
+
+_nibbles, _bytes, _quarters, _sixteenths, _halves = (
+    fragments.nibbles_16,
+    fragments.bytes_32,
+    fragments.quarters_32,
+    fragments.sixteenths,
+    fragments.bytes_128,
+)
+
+FRAGMENTS: dict[GGMLType, Fragment] = {
+    GGMLType.Q4_0: Fragment(_nibbles, fragments.q4_0, 1, 128 + 8, ((1, 4), (4, 2), (8, 1), (4, 2))),
+    GGMLType.Q4_1: Fragment(_nibbles, fragments.q4_1, 1, 128, ((1, 4), (4, 2), (8, 1), (4, 2))),
+    GGMLType.Q5_0: Fragment(_nibbles, fragments.q5_0, 1, 128 + 16, (None, (4, 2), (4, 2), (4, 2)), few=4),
+    GGMLType.Q5_1: Fragment(_nibbles, fragments.q5_1, 1, 128, (None, (4, 2), (4, 2), (4, 2)), few=4),
+    GGMLType.Q8_0: Fragment(_bytes, fragments.q8_0, 1, 0, (None, None, (8, 1), (8, 1))),
+    GGMLType.Q2_K: Fragment(_quarters, fragments.q2_k, 4, 128, (None, (4, 3), (4, 2), (4, 2))),
+    GGMLType.Q3_K: Fragment(_quarters, fragments.q3_k, 4, 128 + 4, (None, (4, 3), (4, 2), (4, 3))),
+    GGMLType.Q4_K: Fragment(_halves, fragments.q4_k, 2, 128, ((1, 3), (2, 1), (4, 1), (4, 2))),
+    GGMLType.Q5_K: Fragment(_halves, fragments.q5_k, 2, 128, ((1, 3), (2, 1), (4, 3), (4, 2))),
+    GGMLType.Q6_K: Fragment(_sixteenths, fragments.q6_k, 8, 128 + 32, ((2, 2), (4, 2), (4, 2), None)),
+}
+
+INTERPRETED = not isinstance(matrix.matrix, triton.runtime.JITFunction)
+
+# Which lane has which element is Triton's choice, and the instruction goes by it. What 3.6 and 3.9 make was looked at,
+# and a test looks again; where nobody has looked, programs.py does without the instruction.
+LANES_KNOWN = triton.__version__.split(".")[:2] in [["3", str(n)] for n in range(6, 10)]
+
+_failures: dict[GGMLType, str] = {}  # types whose matrix program does not work here -> why; the other one serves them
+_right: set[tuple] = set()  # variants of the matrix program whose first result was looked at
+_CHECKED_ROWS = 64  # of the weight: all programs do the same, so more of them tell no more
+
+
+@cache
+def has_matrix_instruction(device: torch.device) -> bool:
+    """Whether `device` runs the `mma.sync` of matrix.py. Triton's interpreter can work out what it would do, slowly."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return LANES_KNOWN and nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def by_matrix(ggml_type: GGMLType, device: torch.device) -> bool:
+    return ggml_type in FRAGMENTS and ggml_type not in _failures and has_matrix_instruction(device)
+
+
+def few(ggml_type: GGMLType, device: torch.device) -> int:
+    """Rows of x up to which to multiply is faster than to dequantise and call cuBLAS."""
+    return FRAGMENTS[ggml_type].few if by_matrix(ggml_type, device) else KERNELS[ggml_type].few
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A program and all that it is started with but its tensors."""
+
+    program: Any
+    programs: int
+    warps: int
+    variant: tuple
+    constants: Callable[[], tuple]
+
+
+def planned(
+    ggml_type: GGMLType, shape: Sequence[int], data: torch.Tensor, x: torch.Tensor, m: int, config: Any = None
+) -> Launch:
+    """How `m` rows of `x` are multiplied; `config`: a Kernel or a Fragment other than the table's, to measure it."""
+    rows, columns = shape
+    layout = BLOCKS[ggml_type]
+    source = alignment(data.data_ptr())
+    aligned = x.data_ptr() % 16 == 0
+    padded = 1 << (m - 1).bit_length()
+    step = padded.bit_length() - 1
+    if config is None and aligned and by_matrix(ggml_type, x.device) and FRAGMENTS[ggml_type].cuts[step]:
+        config = FRAGMENTS[ggml_type]
+    if isinstance(config, Fragment):
+        warps, unroll = config.cuts[step] or (4, 2)
+
+        def fragment() -> tuple:
+            head = config.places, config.decode, config.units, config.minus_zero
+            lies = layout.nbytes, layout.elements, gcd(layout.nbytes, source), columns // layout.elements
+            return (*head, *lies, padded, warps, unroll, INTERPRETED)
+
+        variant: tuple = (matrix.matrix, config, columns, padded, source)
+        return Launch(matrix.matrix, -(-rows // (2 * padded)), warps, variant, fragment)
+    kernel: Kernel = config or KERNELS[ggml_type]
+    per_program = kernel.skinny_rows if rows >= MANY_ROWS else max(1, kernel.skinny_rows // 2)
+
+    def lanes() -> tuple:
+        head = decoder(kernel, ggml_type, data, kernel.skinny_per_block)
+        return (*head, columns // layout.elements, padded, per_program, kernel.skinny_lanes)
+
+    variant = programs.skinny, kernel, per_program, columns, padded, source, aligned
+    return Launch(programs.skinny, -(-rows // per_program), kernel.skinny_lanes // 32, variant, lanes)
+
+
+def linear(
+    x: torch.Tensor,
+    data: torch.Tensor,
+    ggml_type: GGMLType,
+    shape: Sequence[int],
+    bias: torch.Tensor | None = None,
+    config: Kernel | Fragment | None = None,
+) -> torch.Tensor:
+    """`x W^T + bias` for at most SKINNY_ROWS rows of `x`, reading the quantised bytes of W once and nothing else of it.
+
+    Products are summed in float32 and the result is rounded once, so that it is nearer to the exact product than what
+    a weight dequantised to bfloat16 or float16 gives.
+
+    Args:
+        x: [..., columns] in float32, float16 or bfloat16; the result is [..., rows] in the same.
+        data: the bytes of W; `shape` its (rows, columns).
+        bias: [rows], of any floating point type.
+        config: another configuration than the tables', to measure it.
+
+    Raises:
+        ValueError: shapes that do not fit each other or the bytes, or too many rows of `x`.
+        WrongResultError: a `config` was given and what it gives is not the product.
+    """
+    rows, columns = shape
+    checked_blocks(data, ggml_type, shape)
+    m = x.numel() // columns if columns else 0
+    if x.shape[-1] != columns or columns % BLOCKS[ggml_type].elements or (bias is not None and bias.shape != (rows,)):
+        raise ValueError(
+            f"a {ggml_type.name} weight of shape {tuple(shape)} (rows of whole blocks of {BLOCKS[ggml_type].elements}) "
+            f"cannot multiply x of shape {tuple(x.shape)}{'' if bias is None else f' with bias {tuple(bias.shape)}'}."
+        )
+    if m > SKINNY_ROWS:
+        raise ValueError(f"{m} rows of x: above {SKINNY_ROWS}, dequantise the weight and multiply by that.")
+    out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    data, x = data.contiguous(), x.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    launch = planned(ggml_type, shape, data, x, m, config)
+    try:
+        start(launch, data, x, bias, out, rows, m)
+        if launch.program is matrix.matrix and (launch.variant, x.dtype) not in _right:
+            _look_at(out, x, data, ggml_type, shape, bias)
+            _right.add((launch.variant, x.dtype))
+    except Exception as error:
+        if launch.program is not matrix.matrix or config is not None or isinstance(error, torch.OutOfMemoryError):
+            raise
+        _failures[ggml_type] = f"{type(error).__name__}: {error}"
+        log.warning("matrix instructions do not work for %s, ordinary ones take over: %s", ggml_type.name, error)
+        start(planned(ggml_type, shape, data, x, m), data, x, bias, out, rows, m)
+    return out
+
+
+class WrongResultError(RuntimeError):
+    """A program ran and what it made is not the product."""
+
+
+def _look_at(
+    out: torch.Tensor, x: torch.Tensor, data: torch.Tensor, ggml_type: GGMLType, shape: Sequence[int], bias: Any
+) -> None:
+    """Compare the first rows with a product in float32, once for each variant of the program.
+
+    The instruction's lanes are Triton's choice, so on a GPU or a Triton that nobody has tried a program may compile
+    and be wrong. The bound is a hundredth of the sum of the products' absolute values: a right result, rounded to
+    8 bits at worst, is well within, and a wrong lane is far outside.
+
+    Raises:
+        WrongResultError: it is not the product.
+    """
+    rows = min(_CHECKED_ROWS, shape[0])
+    head = data.reshape(-1)[: rows * shape[1] // BLOCKS[ggml_type].elements * BLOCKS[ggml_type].nbytes]
+    weight, inputs = dequantize(head, ggml_type, (rows, shape[1]), torch.float32), x.float()
+    product = torch.nn.functional.linear(inputs, weight, None if bias is None else bias[:rows].float())
+    bound = 0.01 * torch.nn.functional.linear(inputs.abs(), weight.abs())
+    if bias is not None:
+        bound += 0.01 * bias[:rows].float().abs()
+    known = bound.isfinite() & (product.abs() < 0.5 * torch.finfo(out.dtype).max)
+    if bool((known & ~((out[..., :rows].float() - product).abs() <= bound + 1e-30)).any()):
+        raise WrongResultError("its first result was wrong")
+
+
+def start(
+    launch: Launch, data: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, rows: int, m: int
+) -> None:
+    variant = (*launch.variant, *of_tensors(x, bias, out))
+    kept.start(variant, launch.program, launch.programs, (data, x, bias, out, rows, m), launch.constants, launch.warps)
+
+
+def of_tensors(x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> tuple:
+    """What Triton compiles for, of the tensors of a product."""
+    about_bias = () if bias is None else (bias.dtype, bias.data_ptr() % 16 == 0)
+    return (x.device, x.dtype, out.data_ptr() % 16 == 0, *about_bias)
+
+
+def bind(
+    data: torch.Tensor,
+    ggml_type: GGMLType,
+    shape: Sequence[int],
+    bias: torch.Tensor | None,
+    otherwise: Callable[[torch.Tensor], torch.Tensor | None],
+) -> Callable[[torch.Tensor], torch.Tensor | None]:
+    """`linear` by this weight and bias as a call with `x` alone, which costs the host less than half as much.
+
+    It holds `data`, `bias` and their addresses: bind again when the bytes have moved. `otherwise` does what is not
+    bound: the first call for each shape and type of x, which it may refuse with None, and x of any other kind.
+    """
+    rows, columns = shape
+    device, index = data.device, data.device.index
+    if device.type != "cuda" or not data.is_contiguous() or (bias is not None and not bias.is_contiguous()):
+        return otherwise
+    source, bias_address = data.data_ptr(), None if bias is None else bias.data_ptr()
+    current_device, empty = torch._C._cuda_getDevice, torch.empty_strided
+    known: dict[tuple, tuple] = {}
+
+    def first(x: torch.Tensor, key: tuple) -> torch.Tensor | None:
+        out = otherwise(x)
+        if out is None or out.numel() == 0 or out.data_ptr() % 16 or x.data_ptr() % 16 or not x.is_contiguous():
+            return out
+        m = x.numel() // columns
+        launch = planned(ggml_type, shape, data, x, m)
+        variant = (*launch.variant, *of_tensors(x, bias, out))
+        run = kept.bound(variant, launch.programs, index)
+        if run is None:
+            return out
+
+        def again() -> torch.Tensor:
+            result = empty(tuple(out.shape), out.stride(), dtype=x.dtype, device=device)
+            run(source, x.data_ptr(), bias_address, result.data_ptr(), rows, m)
+            return result
+
+        if kept.proves(variant, again, out):
+            known[key] = run, tuple(out.shape), out.stride(), m
+        return out
+
+    def call(x: torch.Tensor) -> torch.Tensor | None:
+        key = x.shape, x.dtype, x.requires_grad
+        found = known.get(key)
+        if found is None:
+            return first(x, key)
+        address = x.data_ptr()
+        if address % 16 or not x.is_contiguous() or x.device != device or current_device() != index:
+            return otherwise(x)
+        run, out_shape, strides, m = found
+        out = empty(out_shape, strides, dtype=x.dtype, device=device)
+        run(source, address, bias_address, out.data_ptr(), rows, m)
+        return out
+
+    return call
