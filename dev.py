@@ -7,6 +7,7 @@
     python dev.py where             one line of JSON: the interpreter and the ComfyUI folder
     python dev.py comfy [-- ARGS]   start ComfyUI with the pack and the demo models; ARGS go to its main.py
     python dev.py bench [NAME [-- ARGS]]   run benchmarks/NAME.py inside the host, or list the names
+    python dev.py convert -- IN [OUT] [--type Q4_K_M]   a safetensors file to GGUF; `-- --help` says what else
 
 What these need goes into .venv/, .host/ and .cache/ of this checkout and nowhere else.
 """
@@ -66,6 +67,21 @@ def run_bench(args: argparse.Namespace) -> int:
     return subprocess.call(found.command(host.ROOT / "benchmarks" / f"{args.name}.py", *args.rest), env=found.env())
 
 
+def run_convert(args: argparse.Namespace) -> int:
+    found = _host(args, "run")
+    command = found.command(host.ROOT / "tools" / "convert.py", *(args.rest or ["--help"]))
+    with subprocess.Popen(command, env=found.env()) as process:
+        try:
+            return process.wait()
+        except (KeyboardInterrupt, SystemExit) as end:
+            process.terminate()  # and let it remove what it has half written
+            process.wait()
+            if not isinstance(end, KeyboardInterrupt):
+                raise
+            print("convert: interrupted, nothing was written", file=sys.stderr)
+            return 130
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "demo": run_demo,
     "test": run_test,
@@ -73,6 +89,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "where": run_where,
     "comfy": run_comfy,
     "bench": run_bench,
+    "convert": run_convert,
 }
 
 
