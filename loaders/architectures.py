@@ -39,7 +39,7 @@ _NAMES: tuple[tuple[str, str], ...] = (
 
 # What to do with a file of that kind.
 REMEDIES = {
-    TEXT_ENCODER: "load it with a loader of text encoders (CLIP) that reads GGUF, and choose a diffusion model here",
+    TEXT_ENCODER: "load it with Load CLIP (GGUF), and choose a diffusion model here",
     MMPROJ: "it belongs to its text encoder, keep it beside that; choose a diffusion model here",
     LORA: "load it with a LoRA loader, behind this node, and choose a diffusion model here",
     VAE: "load a VAE with ComfyUI's 'Load VAE', and choose a diffusion model here",

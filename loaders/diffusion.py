@@ -71,10 +71,10 @@ def load_diffusion_model(
     try:
         model = _build(file, compute_dtype, disable_dynamic)
     except Exception as error:
-        _let_go(file, error)
+        let_go(file, error)
         raise
     model.cached_patcher_init = (load_diffusion_model, (str(path), compute_dtype))
-    model.set_attachments(ATTACHMENT, _described(file))
+    model.set_attachments(ATTACHMENT, described(file))
     model.add_callback(CallbacksMP.ON_PRE_RUN, partial(_check_file, file))
     log.info("loaded %r", model.get_attachment(ATTACHMENT))
     return model
@@ -153,7 +153,7 @@ def _not_a_diffusion_model(file: GGUFFile) -> GGUFError:
     )
 
 
-def _let_go(file: GGUFFile, error: BaseException) -> None:
+def let_go(file: GGUFFile, error: BaseException) -> None:
     """Nothing of a refused file stays mapped, else Windows would not let anybody replace it: whoever shows the error
     keeps its traceback, and that the tensors in the frames of the functions that have ended."""
     seen: set[int] = set()
@@ -173,7 +173,7 @@ def _check_file(file: GGUFFile, patcher: ModelPatcher) -> None:
     file.check_unchanged()
 
 
-def _described(file: GGUFFile) -> LoadedModel:
+def described(file: GGUFFile) -> LoadedModel:
     sizes: Counter[str] = Counter()
     for info in file.tensors.values():
         sizes[info.ggml_type.name] += info.nbytes

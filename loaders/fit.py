@@ -121,14 +121,15 @@ def _shape(numbers: str) -> tuple[int, ...]:
 class MissingPart(torch.nn.Module):
     """In the place of a part that the file lacks and the model can do without, until it is asked for."""
 
-    def __init__(self, path: Path, name: str) -> None:
+    def __init__(self, path: Path, name: str, remedy: str) -> None:
         super().__init__()
         self.path = path
         self.name = name
+        self.remedy = remedy
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        problem = f"it has no tensors {shown(self.name + '.*')}, which this text needs"
-        raise GGUFError(self.path, problem, OPTIONAL_PARTS[self.name])
+        problem = f"it has no tensors {shown(self.name + '.*')}, which this prompt needs"
+        raise GGUFError(self.path, problem, self.remedy)
 
 
 def fill_missing(file: GGUFFile, network: torch.nn.Module, given: Collection[str]) -> None:
@@ -143,7 +144,7 @@ def fill_missing(file: GGUFFile, network: torch.nn.Module, given: Collection[str
     """
     for part in OPTIONAL_PARTS:
         if hasattr(network, part) and not any(name.startswith(f"{part}.") for name in given):
-            setattr(network, part, MissingPart(file.path, part))
+            setattr(network, part, MissingPart(file.path, part, OPTIONAL_PARTS[part]))
             log.info("%s has no %s: text must come processed by it", file.path.name, part)
     parameters = dict(network.named_parameters())
     missing = [name for name in parameters if name not in given]

@@ -13,7 +13,12 @@ from glob import escape, glob
 import folder_paths
 
 # Our folder name -> the host's and other packs' folder names whose .gguf files it lists.
-GROUPS = {"sluice_diffusion_models": ("diffusion_models", "unet", "unet_gguf")}
+GROUPS = {
+    "sluice_diffusion_models": ("diffusion_models", "unet", "unet_gguf"),
+    "sluice_text_encoders": ("text_encoders", "clip", "clip_gguf"),
+    "sluice_loras": ("loras",),
+}
+ALSO_LISTED = {group: {".safetensors", ".sft"} for group in ("sluice_text_encoders", "sluice_loras")}
 
 _PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE | re.DOTALL)
 
@@ -21,7 +26,7 @@ _PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gg
 def _group_paths(group: str) -> list[str]:
     known = folder_paths.folder_names_and_paths
     paths = [path for name in GROUPS[group] if name in known for path in known[name][0]]
-    known[group] = (list(dict.fromkeys(paths)), {".gguf"})
+    known[group] = (list(dict.fromkeys(paths)), {".gguf"} | ALSO_LISTED.get(group, set()))
     return known[group][0]
 
 

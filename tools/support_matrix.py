@@ -83,6 +83,21 @@ def architectures() -> list[str]:
     return lines
 
 
+def text_encoders() -> list[str]:
+    """The families by the versions that they are compared on, with llama.cpp's name for what it converts."""
+    from host.tiny_encoder import ENCODERS
+
+    hosts: dict[str, set[str]] = {}
+    for tiny in ENCODERS.values():
+        name = tiny.model.partition(":")[2] + (f" ({tiny.arch})" if tiny.arch else "")
+        hosts.setdefault(name, set()).update(tiny.hosts)
+    by_hosts: dict[tuple[str, ...], list[str]] = {}
+    for name, versions in hosts.items():
+        by_hosts.setdefault(tuple(sorted(versions)), []).append(name)
+    lines = ["| ComfyUI | text encoders, by ComfyUI's names (and llama.cpp's) |", "|-|-|"]
+    return lines + [f"| {_listed(versions)} | {_listed(names)} |" for versions, names in sorted(by_hosts.items())]
+
+
 def matrix() -> str:
     """The text between the markers, markers included."""
     parts = (
@@ -94,6 +109,11 @@ def matrix() -> str:
             "ComfyUI loads: in float32 they are equal bit for bit.",
         ],
         architectures(),
+        [
+            "**Text encoders.** Compared in the same way, by what they make of a text. Others that ComfyUI detects may",
+            "load from files with the original tensor names.",
+        ],
+        text_encoders(),
     )
     return "\n\n".join([BEGIN, *("\n".join(part) for part in parts), END])
 

@@ -1,0 +1,100 @@
+"""GGUF and safetensors file(s) -> CLIP."""
+
+from __future__ import annotations
+
+import comfy.sd
+import folder_paths
+import torch
+from comfy_api.latest import io
+
+from ..loaders import clip_types, mmproj
+from ..loaders.text_encoder import load_text_encoder
+from . import model_files
+
+FOLDERS = "sluice_text_encoders"
+NONE = "none"
+NAMES = ("clip_name1", "clip_name2", "clip_name3", "clip_name4")
+DEVICES = {"default": None, "cpu": torch.device("cpu")}
+
+
+class LoadCLIP(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        files = model_files.names(FOLDERS)
+        return io.Schema(
+            node_id="SluiceCLIPLoader",
+            display_name="Load CLIP (GGUF)",
+            category="Sluice",
+            description="Loads a text encoder of one to four GGUF or safetensors files without copying the GGUF files "
+            "into RAM. Works like Load CLIP and its variants, for every type and text encoder that this ComfyUI knows.",
+            search_aliases=["gguf", "clip loader gguf", "dual clip loader", "text encoder", "t5", "qwen", "llama"],
+            inputs=[
+                io.Combo.Input(
+                    "clip_name1",
+                    options=files,
+                    tooltip="A .gguf or .safetensors file in models/text_encoders or models/clip, or in a folder that "
+                    "another pack calls clip_gguf.",
+                ),
+                io.Combo.Input(
+                    "type",
+                    options=clip_types.offered(kind.name.lower() for kind in comfy.sd.CLIPType),
+                    tooltip="The model that the text is for. It decides how many files there must be, in any order.",
+                ),
+                *(
+                    io.Combo.Input(
+                        name,
+                        options=[NONE, *files],
+                        default=NONE,
+                        optional=True,
+                        tooltip="A further file, where the type is made of several. GGUF and safetensors may be mixed.",
+                    )
+                    for name in NAMES[1:]
+                ),
+                io.Combo.Input(
+                    "device",
+                    options=list(DEVICES),
+                    default="default",
+                    optional=True,
+                    advanced=True,
+                    tooltip="cpu computes the text on the CPU and keeps the text encoder out of VRAM.",
+                ),
+            ],
+            outputs=[io.Clip.Output()],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls,
+        clip_name1: str | None = None,
+        clip_name2: str | None = None,
+        clip_name3: str | None = None,
+        clip_name4: str | None = None,
+    ) -> bool | str:
+        # A name that another node supplies is not known yet, and so None; execute() looks for the file.
+        try:
+            for name in _chosen(clip_name1, clip_name2, clip_name3, clip_name4):
+                model_files.find(FOLDERS, name)
+        except FileNotFoundError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: str | None) -> str:
+        given = [inputs.get(name, NONE) for name in NAMES]
+        # Which file a linked name will be is not known yet, so a change of any of them counts.
+        names = model_files.names(FOLDERS) if None in given else _chosen(*given)
+        # A projector that was put beside a model since belongs to it.
+        paths = [folder_paths.get_full_path(FOLDERS, name) for name in names]
+        beside = [str(other) for path in paths if path for other in mmproj.beside(path)]
+        return "; ".join([*(model_files.stamp(FOLDERS, name) for name in names), *beside])
+
+    @classmethod
+    def execute(cls, clip_name1: str, type: str, device: str = "default", **others: str) -> io.NodeOutput:
+        names = _chosen(clip_name1, *(others.get(name) for name in NAMES[1:]))
+        paths = [model_files.find(FOLDERS, name) for name in names]
+        embeddings = folder_paths.get_folder_paths("embeddings")
+        return io.NodeOutput(load_text_encoder(paths, type, DEVICES[device], embeddings))
+
+
+def _chosen(*names: str | None) -> list[str]:
+    return [name for name in names if name not in (None, NONE)]
