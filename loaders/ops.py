@@ -18,7 +18,9 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
 from . import compat
+from .patch_at_use import LowRankAtUse
 from .quant import dispatch, reference
+from .quant.bound import BoundWeight
 from .quant.layout import dense, is_gguf, quantized, reshaped, with_params
 from .quant.reference import PLAIN_DTYPES
 from .quant.scratch import Scratch
@@ -43,8 +45,7 @@ class MappedLayer(torch.nn.Module):
     def __init__(self, *args: Any, device: Any = None, **kwargs: Any) -> None:
         self._home: dict[str, torch.nn.Parameter] = {}
         self._away: dict[str, torch.nn.Parameter] = {}
-        self._cast_bias: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._bound: tuple[Any, torch.dtype, dispatch.Weight] | None = None
+        self._bound: BoundWeight | None = None
         self._last: Callable[[], Any] = lambda: None  # a weak reference to the last weight
         super().__init__(*args, device="meta", **kwargs)
 
@@ -92,11 +93,20 @@ class MappedLayer(torch.nn.Module):
         for name in ours:
             parameters[name] = None
         super()._apply(fn, recurse)
-        self._cast_bias = self._bound = None
+        self.forget_bound()
         self.scratch.clear()
         for name, parameter in ours.items():
             parameters[name] = parameter if parameter.is_meta else self._moved(name, parameter, fn)
         return self
+
+    def set_home(self, name: str, parameter: torch.nn.Parameter) -> None:
+        """The mapped tensor `name` is `parameter` now: its file was closed, or opened again."""
+        self._home[name] = parameter
+        self._away.pop(name, None)
+
+    def forget_bound(self) -> None:
+        """Let go of the call that is bound to the weight."""
+        self._bound = None
 
     def _moved(self, name: str, parameter: torch.nn.Parameter, fn: Any) -> torch.nn.Parameter:
         home = self._home.get(name)
@@ -106,10 +116,15 @@ class MappedLayer(torch.nn.Module):
             if probe.device == home.device and probe.dtype == home.dtype:
                 self._away.pop(name, None)
                 return home
-        moved = torch.nn.Parameter(fn(parameter), requires_grad=False)
+        moved = torch.nn.Parameter(self._as_used(name, fn(parameter), parameter.device), requires_grad=False)
         if at_home:
             self._away[name] = moved
         return moved
+
+    def _as_used(self, name: str, moved: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """A bias on another device is in the compute dtype, else every call would wait for the launch of a cast. (No
+        cast can be kept beside the bias: the host writes over it, at hooks, in a way that leaves no trace.)"""
+        return moved.to(self.compute_dtype) if name == "bias" and moved.device != device else moved
 
     def convert_weight(self, weight: torch.Tensor, inplace: bool = False, **kwargs: Any) -> torch.Tensor:
         """The host asks for the dense weight before it computes a patch."""
@@ -167,59 +182,105 @@ class MappedLinear(MappedLayer):
         compat.run_every_op()
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         if self.weight_function or self.bias_function or _bytes(weight).device != input.device:
-            return self.forward_comfy_cast_weights(input)
+            return self._patched_or_elsewhere(input, weight, bias)
         return self._product(input, weight, bias)
 
+    def _patched_or_elsewhere(self, input: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
+        if self.bias_function or _bytes(weight).device != input.device or not (adapters := self._adapters()):
+            return self.forward_comfy_cast_weights(input)
+        return self._adapted(input, weight, bias, adapters)
+
     def forward_comfy_cast_weights(self, input: torch.Tensor) -> torch.Tensor:
-        weight, bias, stream = compat.cast_weights(self, _cast_dtype(self, input), input.dtype, input.device)
-        result = self._product(input, weight, bias)
+        adapters = self._adapters()
+        in_place = adapters or not self.weight_function
+        if in_place and not self.bias_function and (held := compat.hold_resident(self)):
+            try:
+                if _bytes(held[0]).device == input.device:
+                    return self._adapted(input, *held, adapters)
+            finally:
+                compat.let_go_resident(self)
+        if adapters:
+            self.weight_function = []  # for which the host would dequantise
+        try:
+            weight, bias, stream = compat.cast_weights(self, _cast_dtype(self, input), input.dtype, input.device)
+        finally:
+            if adapters:
+                self.weight_function = adapters
+        result = self._adapted(input, weight, bias, adapters)
         compat.release_weights(self, weight, bias, stream)
         return result
 
+    def _adapters(self) -> list[LowRankAtUse]:
+        """The layer's patches if all of them are plain LoRAs, for which there are shorter ways; else none."""
+        functions = self.weight_function
+        return functions if functions and all(isinstance(f, LowRankAtUse) for f in functions) else []
+
+    def _adapted(
+        self, input: torch.Tensor, weight: Any, bias: torch.Tensor | None, adapters: list[LowRankAtUse]
+    ) -> torch.Tensor:
+        if not adapters:
+            return self._product(input, weight, bias)
+        rows, device = input.numel() // input.shape[-1], input.device
+        beside = [a for a in adapters if a.runs_beside(rows, device)]
+        if len(beside) < len(adapters):
+            weight = self._folded(input, weight, [a for a in adapters if a not in beside])
+        result = self._product(input, weight, bias)
+        for adapter in beside:
+            result = adapter.factors(device).add_product(input, result)
+        return result
+
+    def _folded(self, input: torch.Tensor, weight: Any, adapters: list[LowRankAtUse]) -> torch.Tensor:
+        """The dense weight in the input's dtype, with the adapters in it."""
+        if not is_gguf(weight):
+            plain = weight.to(input.dtype, copy=True)
+        elif torch.compiler.is_compiling():
+            plain = dense(weight, input.dtype)
+        elif input.device.type == "cpu":
+            plain = self._in_scratch(input, weight._qdata, weight._params)
+        else:
+            first, *adapters = adapters
+            params, factors = weight._params, first.factors(input.device)
+            plain = factors.folded_into(weight._qdata, params.ggml_type, params.orig_shape, input.dtype)
+        for adapter in adapters:
+            plain = adapter(plain)
+        return plain
+
     def _product(self, input: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
         dtype = input.dtype
-        if bias is not None and bias.dtype != dtype:
-            bias = self._bias_as(bias, dtype)
-        if not is_gguf(weight):
-            return torch.nn.functional.linear(input, weight if weight.dtype == dtype else weight.to(dtype), bias)
+        if bias is not None and bias.dtype is not dtype:
+            bias = bias.to(dtype)
         if torch.compiler.is_compiling():  # the layout's handler answers with operators that can be traced
-            return torch.nn.functional.linear(input, weight, bias)
+            plain = weight if is_gguf(weight) else weight.to(dtype)
+            return torch.nn.functional.linear(input, plain, bias)
+        bound = self._bound
+        if bound is not None and bound.weight is weight and bound.dtype is dtype:
+            return bound.linear(input, bias)
+        if not is_gguf(weight):
+            return torch.nn.functional.linear(input, weight.to(dtype), bias)
         data, params = weight._qdata, weight._params
         if data.device.type == "cpu":
-            plain = self._in_scratch(input, data, params)
-        else:
-            result = dispatch.linear_of_few(input, data, params.ggml_type, params.orig_shape, bias)
-            if result is not None:
-                return result
-            plain = self._dense(weight, dtype)
+            return torch.nn.functional.linear(input, self._in_scratch(input, data, params), bias)
+        if bound := self._bind(weight, dtype):
+            return bound.linear(input, bias)
+        result = dispatch.linear_of_few(input, data, params.ggml_type, params.orig_shape, bias)
+        if result is not None:
+            return result
+        plain = dispatch.dequantize(data, params.ggml_type, params.orig_shape, dtype)
         return torch.nn.functional.linear(input, plain, bias)
 
-    def _dense(self, weight: Any, dtype: torch.dtype) -> torch.Tensor:
-        """The dense weight; by a bound call from the third time on that the same tensor comes, which then stays where
-        it is: the layer's own, or what the dynamic patcher holds in a page. One that is streamed is new each time."""
+    def _bind(self, weight: Any, dtype: torch.dtype) -> BoundWeight | None:
+        """Calls bound to the weight, from the second time on that the same tensor comes, which then stays where it is:
+        the layer's own, or what the dynamic patcher holds in a page. One that is streamed is new each time."""
         bound = self._bound
-        if bound is not None and bound[0] is weight and bound[1] == dtype:
-            return bound[2]()
-        data, params = weight._qdata, weight._params
-        if self._last() is weight:
-            self._bound = (weight, dtype, dispatch.bind(data, params.ggml_type, params.orig_shape, dtype))
-        else:
-            self._bound, self._last = None, weakref.ref(weight)
-        return dispatch.dequantize(data, params.ggml_type, params.orig_shape, dtype)
+        if bound is None or bound.weight is not weight or bound.dtype is not dtype:
+            stays, self._last = self._last() is weight, weakref.ref(weight)
+            bound = self._bound = BoundWeight(weight, dtype) if stays else None
+        return bound
 
     def _in_scratch(self, input: torch.Tensor, data: torch.Tensor, params: Any) -> torch.Tensor:
         kept_for_backward = torch.is_grad_enabled() and input.requires_grad
         out = None if kept_for_backward else self.scratch.take(params.orig_shape, input.dtype)
         return reference.dequantize(data, params.ggml_type, params.orig_shape, input.dtype, out=out)
-
-    def _bias_as(self, bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The bias in the input's dtype, kept until the layer moves: a cast costs a launch at every call. The file's
-        own stays, because some layers see inputs of another dtype than the model's."""
-        if torch.compiler.is_compiling():
-            return bias.to(dtype)
-        if self._cast_bias is None or self._cast_bias[0] is not bias or self._cast_bias[1].dtype != dtype:
-            self._cast_bias = (bias, bias.to(dtype))
-        return self._cast_bias[1]
 
 
 def _bytes(weight: Any) -> torch.Tensor:
@@ -260,12 +321,15 @@ class MappedEmbedding(MappedLayer):
 
 
 class DenseLayer(torch.nn.Module):
-    """A layer whose weights are small: what is quantised in the file becomes plain when it is loaded."""
+    """A layer whose weights are small: they become plain, in the declared type, when they are loaded.
+
+    The host's dynamic patcher would take them in the file's type and cast them at every use.
+    """
 
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
-        own = {k: v for k, v in state_dict.items() if k.startswith(prefix) and is_gguf(v)}
-        plain = {**state_dict, **{k: dense(v, torch.float32) for k, v in own.items()}} if own else state_dict
-        super()._load_from_state_dict(plain, prefix, *args)
+        own = {prefix + name: parameter for name, parameter in self._parameters.items() if parameter is not None}
+        plain = {k: dense(state_dict[k], p.dtype) for k, p in own.items() if k in state_dict}
+        super()._load_from_state_dict({**state_dict, **plain}, prefix, *args)
 
 
 def _cast_dtype(layer: Any, input: torch.Tensor) -> torch.dtype:

@@ -1,13 +1,21 @@
-"""Patches as a function of the dense weight, which the host's layers run at each use (`weight_function`)."""
+"""Patches as a function of the dense weight, which the host's layers run at each use (`weight_function`).
+
+Every kind of patch is computed by the host's own `calculate_weight`. Those that are plain LoRAs, which nearly all
+are, have a shorter way on a GPU (`low_rank.py`), and `ops.py` asks them for it. On a CPU they keep the host's
+arithmetic, bit for bit, unless they are told to run beside the weight.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import comfy.lora
 import torch
-from comfy.weight_adapter import WeightAdapterBase
+from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
+
+from . import low_rank
 
 
 class PatchAtUse:
@@ -26,10 +34,12 @@ class PatchAtUse:
         self.key = key
         self.patches = patches
         self.originals = originals
-        self._moved: dict[torch.device, list[tuple]] = {}
+        self._moved: dict[torch.device, Any] = {}
 
     def __call__(self, weight: torch.Tensor) -> torch.Tensor:
-        patches = self._moved.get(weight.device, self.patches)
+        return self._by_host(self._moved.get(weight.device, self.patches), weight)
+
+    def _by_host(self, patches: list[tuple], weight: torch.Tensor) -> torch.Tensor:
         return comfy.lora.calculate_weight(
             patches, weight, self.key, intermediate_dtype=weight.dtype, original_weights=self.originals
         )
@@ -51,8 +61,99 @@ class PatchAtUse:
             self._moved = {}
             return freed
         if device not in self._moved:
-            self._moved[device] = [(patch[0], _to(patch[1], device), *patch[2:]) for patch in self.patches]
+            self._moved[device] = self._copy(device)
         return self.nbytes
+
+    def _copy(self, device: torch.device) -> Any:
+        return [(patch[0], _to(patch[1], device), *patch[2:]) for patch in self.patches]
+
+
+class LowRankAtUse(PatchAtUse):
+    """Patches that are all plain LoRAs of one weight.
+
+    Args:
+        adapters: the same as `patches`, in the same order.
+        shape: the weight's.
+        dtype: what the model computes in.
+        way: one of `low_rank.WAYS`.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        patches: list[tuple],
+        adapters: Sequence[low_rank.Adapter],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        way: str = "auto",
+    ) -> None:
+        super().__init__(key, patches)
+        self.adapters = tuple(adapters)
+        self.shape, self.dtype, self.way = shape, dtype, way
+
+    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+        if weight.device.type == "cpu":
+            return self._by_host(self.patches, weight)
+        return self.factors(weight.device).fold(weight)
+
+    def runs_beside(self, x_rows: int, device: torch.device) -> bool:
+        """Whether a Linear adds the adapters' product to its own; else it calls this with its dense weight."""
+        if self.way == "auto":
+            return device.type != "cpu" and low_rank.beside_is_cheaper(x_rows, self.shape)
+        return self.way == "runtime"
+
+    def factors(self, device: torch.device) -> low_rank.Factors:
+        """The factors on `device`: kept there since `move_to`, else made for this call."""
+        return self._moved.get(device) or self._copy(device)
+
+    @property
+    def nbytes(self) -> int:
+        return low_rank.nbytes(self.adapters, self.dtype)
+
+    def _copy(self, device: torch.device) -> low_rank.Factors:
+        return low_rank.Factors(self.adapters, device, self.dtype)
+
+
+def patch_at_use(
+    key: str,
+    patches: list[tuple],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    way: str = "auto",
+    originals: dict | None = None,
+) -> PatchAtUse:
+    """The function for these patches of the weight `key`; `shape` and `dtype` are the dense weight's."""
+    adapters = [_plain_lora(patch, shape) for patch in patches]
+    plain = [adapter for adapter in adapters if adapter is not None]
+    if len(plain) < len(patches):
+        return PatchAtUse(key, patches, originals)
+    return LowRankAtUse(key, patches, plain, shape, dtype, way)
+
+
+def joined(functions: list, function: PatchAtUse) -> list:
+    """`functions` and then `function`: one with the last of them where both are LoRAs that go the same way."""
+    last = functions[-1] if functions else None
+    if not isinstance(last, LowRankAtUse) or not isinstance(function, LowRankAtUse) or last.way != function.way:
+        return [*functions, function]
+    patches, adapters = last.patches + function.patches, last.adapters + function.adapters
+    return [*functions[:-1], LowRankAtUse(last.key, patches, adapters, last.shape, last.dtype, last.way)]
+
+
+def _plain_lora(patch: tuple, shape: tuple[int, ...]) -> low_rank.Adapter | None:
+    """The patch as two matrices; None if it is, or does, anything more than adding their product to whole rows."""
+    strength, value, strength_model, offset, function = patch
+    if type(value) is not LoRAAdapter or strength_model != 1 or function is not None or len(shape) < 2:
+        return None
+    up, down, alpha, mid, dora_scale, reshape = value.weights
+    if mid is not None or dora_scale is not None or reshape is not None or (offset is not None and offset[0] != 0):
+        return None
+    up, down = up.flatten(1), down.flatten(1)
+    start, rows = (0, shape[0]) if offset is None else offset[1:]
+    columns = torch.Size(shape[1:]).numel()
+    if up.shape != (rows, down.shape[0]) or down.shape[1] != columns or start + rows > shape[0] or not len(down):
+        return None
+    scale = 1.0 if alpha is None else alpha / down.shape[0]
+    return low_rank.Adapter(up, down, strength * scale, start)
 
 
 def _is_model(value: Any) -> bool:

@@ -21,11 +21,24 @@ import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from .patch_at_use import PatchAtUse
+from .exchange import Loaded, exchange
+from .patch_at_use import PatchAtUse, joined, patch_at_use
 from .quant.layout import dense, is_gguf
 from .saving import LazyWeight
 
 CPU = torch.device("cpu")
+RESTORE = "_sluice_restore"  # on a network whose weights were put away: the function that brings them back
+
+
+def restore(network: torch.nn.Module) -> None:
+    """Make a network whole whose weights were put away, before anybody looks at them.
+
+    Raises:
+        GGUFError: their file was changed meanwhile; the network stays as it is.
+    """
+    if RESTORE in network.__dict__:
+        network.__dict__[RESTORE]()
+        del network.__dict__[RESTORE]
 
 
 class PatchingAtUse(ModelPatcher):
@@ -37,12 +50,19 @@ class PatchingAtUse(ModelPatcher):
             # The host names its plain class where it leaves dynamic VRAM for a clone (hooks, `disable_dynamic`). The
             # clone is finished, shares its backups with others and detaches the model when it dies, so it cannot be
             # made once more as ours; it has no state that the mixin lacks.
-            clone.__class__ = _patching_class(type(clone))  # type: ignore[arg-type]
+            clone.__class__ = patching_class(type(clone))  # type: ignore[arg-type]
         return clone
 
     # --- patches
 
     def add_patches(self, patches: dict, strength_patch: float = 1.0, strength_model: float = 1.0) -> list:
+        return self._add(patches, strength_patch, strength_model, "auto")
+
+    def add_patches_by(self, way: str, patches: dict, strength: float) -> list:
+        """`add_patches` with a choice for LoRAs on quantised weights: one of `low_rank.WAYS`."""
+        return self._add(patches, strength, 1.0, way)
+
+    def _add(self, patches: dict, strength_patch: float, strength_model: float, way: str) -> list:
         weights = dict(self.model.named_parameters())
         accepted, others = [], {}
         for key, adapter in patches.items():
@@ -52,7 +72,8 @@ class PatchingAtUse(ModelPatcher):
             if not is_gguf(weight) or name in self.patches or self._reshapes(patch, weight, name):
                 others[key] = adapter
             else:
-                self.add_weight_wrapper(name, PatchAtUse(name, [patch]))
+                added = patch_at_use(name, [patch], tuple(weight.shape), weight.dtype, way)
+                self.weight_wrapper_patches[name] = joined(self.weight_wrapper_patches.get(name, []), added)
                 accepted.append(key)
         return [*super().add_patches(others, strength_patch, strength_model), *accepted]
 
@@ -70,6 +91,7 @@ class PatchingAtUse(ModelPatcher):
         return [w for w in self.weight_wrapper_patches.get(name, ()) if isinstance(w, PatchAtUse)]
 
     def get_key_patches(self, filter_prefix: str | None = None) -> dict:
+        restore(self.model)
         found = super().get_key_patches(filter_prefix)
         for name in found.keys() & self.weight_wrapper_patches.keys():
             found[name] = [*found[name], *(p for wrapper in self._wrapped(name) for p in wrapper.patches)]
@@ -79,6 +101,7 @@ class PatchingAtUse(ModelPatcher):
         super().unpatch_model(device_to, unpatch_weights)
         if not unpatch_weights:
             return
+        self.model.__dict__.pop("_sluice_loaded", None)
         # The host leaves the functions of a layer that was loaded whole, and with them the adapters, until the model
         # is loaded again.
         for layer in self.model.modules():
@@ -86,6 +109,26 @@ class PatchingAtUse(ModelPatcher):
                 for ours in (f for f in functions if isinstance(f, PatchAtUse)):
                     ours.move_to(CPU)
                 layer.weight_function = [f for f in functions if not isinstance(f, PatchAtUse)]
+
+    # --- loading
+
+    def model_patches_to(self, device: Any) -> None:
+        """What the host calls first when it loads a model."""
+        restore(self.model)
+        super().model_patches_to(device)
+
+    def load(self, device_to: torch.device | None = None, *args: Any, **kwargs: Any) -> None:
+        super().load(device_to, *args, **kwargs)
+        self.model.__dict__["_sluice_loaded"] = Loaded.by(self)
+
+    def partially_load(self, device_to: torch.device, *args: Any, **kwargs: Any) -> Any:
+        loaded, current = self.model.__dict__.get("_sluice_loaded"), self.model.current_weight_patches_uuid
+        if loaded is not None and current not in (None, self.patches_uuid):
+            self.unpatch_hooks()
+            if exchange(self, loaded, device_to):
+                self.model.__dict__["_sluice_loaded"] = Loaded.by(self)
+                self.model.current_weight_patches_uuid = self.patches_uuid
+        return super().partially_load(device_to, *args, **kwargs)
 
     # --- hooks: patches that the host puts on and takes off between two evaluations of the model
 
@@ -111,11 +154,13 @@ class PatchingAtUse(ModelPatcher):
     ) -> None:
         if key not in combined_patches:
             return
-        if not is_gguf(comfy.utils.get_attr(self.model, key)):
+        if not self._hooked_at_use(key):
             self._own_memory(key)
             super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, memory_counter)
             return
-        function = PatchAtUse(key, combined_patches[key], {key: original_weights.pop(key)})
+        weight = comfy.utils.get_attr(self.model, key)
+        originals = {key: original_weights.pop(key)}
+        function = patch_at_use(key, combined_patches[key], tuple(weight.shape), weight.dtype, originals=originals)
         if self.hook_mode == comfy.hooks.EnumHookMode.MaxSpeed:
             self.cached_hook_patches.setdefault(hooks, {})[key] = (function, self.load_device)
             if memory_counter.is_useable(function.nbytes):
@@ -134,6 +179,10 @@ class PatchingAtUse(ModelPatcher):
             self._unhook(name)
         super().unpatch_hooks(whitelist_keys_set)
 
+    def _hooked_at_use(self, key: str) -> bool:
+        """Whether a hook's patches on this weight become a function; the host writes them into others."""
+        return is_gguf(comfy.utils.get_attr(self.model, key))
+
     def _own_memory(self, key: str) -> None:
         """The host writes hooked weights in place, and a plain one may be a view of the file, which is read-only."""
         weight = comfy.utils.get_attr(self.model, key)
@@ -143,6 +192,7 @@ class PatchingAtUse(ModelPatcher):
     # --- saving
 
     def model_state_dict_for_saving(self, model: Any = None, prefix: str = "") -> dict:
+        restore(self.model)
         tensors = (self.model if model is None else model).state_dict()
         return {name: self._for_saving(prefix + name, tensor) for name, tensor in tensors.items()}
 
@@ -180,12 +230,15 @@ class PatchingAtUse(ModelPatcher):
 
 
 @cache
-def _patching_class(base: type) -> type:
+def patching_class(base: type) -> type:
+    """`base` with patches at use; itself if it has that already."""
+    if issubclass(base, PatchingAtUse):
+        return base
     return type(f"Sluice{base.__name__}", (PatchingAtUse, base), {})
 
 
 def patching_at_use(patcher: ModelPatcher) -> Any:
     """The same model under a patcher that never replaces a quantised weight."""
-    return _patching_class(type(patcher))(  # type: ignore[arg-type]
+    return patching_class(type(patcher))(  # type: ignore[arg-type]
         patcher.model, load_device=patcher.load_device, offload_device=patcher.offload_device
     )

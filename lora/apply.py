@@ -1,0 +1,194 @@
+"""An adapter onto a MODEL and a CLIP: names by ComfyUI's maps, patches by the model's own patcher.
+
+A patcher of this pack's loaders turns patches of quantised weights into functions of them; any other does what it
+does for ComfyUI's own LoRA node. What matched nothing is counted and told, for a LoRA of another model changes
+pictures little enough to go unnoticed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Protocol, runtime_checkable
+
+import comfy.lora
+import comfy.lora_convert
+import comfy.utils
+import torch
+from comfy.weight_adapter import LoRAAdapter
+
+from . import keys
+from .read import AdapterFile, LoraError
+
+log = logging.getLogger("sluice.lora")
+
+ATTACHMENT = "sluice_loras"
+SHOWN = 3  # names in a message
+
+
+@runtime_checkable
+class PatchesByWay(Protocol):
+    """A patcher that lets one choose how LoRAs on quantised weights are computed."""
+
+    def add_patches_by(self, way: str, patches: dict, strength: float) -> list: ...
+
+
+@dataclass(frozen=True)
+class AppliedLora:
+    """What a model remembers of a LoRA on it (attachment `sluice_loras`, a tuple of these); the report shows it."""
+
+    name: str
+    strength: float
+    way: str
+    weights: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Applied:
+    """The patched model and text encoder, and what did not fit: names of tensors in the file."""
+
+    model: Any
+    clip: Any
+    weights: int
+    unmatched: tuple[str, ...]
+    tensors: int
+
+    @property
+    def warning(self) -> str:
+        """One sentence for log and node; empty when all is well."""
+        if not self.unmatched:
+            return ""
+        first = ", ".join(self.unmatched[:SHOWN]) + (", ..." if len(self.unmatched) > SHOWN else "")
+        return (
+            f"{len(self.unmatched)} of {self.tensors} tensors of this LoRA match nothing in the model and were left "
+            f"out ({first}); it may be made for another model"
+        )
+
+
+def apply(
+    adapter: AdapterFile, model: Any, clip: Any, strength_model: float, strength_clip: float, way: str = "auto"
+) -> Applied:
+    """Clones of `model` and `clip` (either may be None) with the adapter on them.
+
+    A strength of 0 leaves its part as it is.
+
+    Raises:
+        LoraError: nothing in the adapter matches, or it lacks one of a pair of tensors.
+    """
+    maps = {
+        "model": comfy.lora.model_lora_keys_unet(model.model, {}) if model is not None else {},
+        "clip": comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}) if clip is not None else {},
+    }
+    names = maps["model"] | maps["clip"]
+    tensors = _Watched(keys.with_known_prefix(comfy.lora_convert.convert_lora(adapter.tensors), names.keys()))
+    try:
+        patches = comfy.lora.load_lora(tensors, names, log_missing=False)
+    except KeyError as error:
+        raise LoraError(adapter.path, f"tensor {error} is missing", "it is incomplete, download it again") from error
+    misfits = set()
+    parts = {"model": (model, strength_model), "clip": (clip.patcher if clip is not None else None, strength_clip)}
+    results: dict[str, Any] = {"model": model, "clip": clip}
+    count = 0
+    for part, (patcher, strength) in parts.items():
+        if patcher is None:
+            continue
+        shapes = {name: tuple(weight.shape) for name, weight in patcher.model.state_dict().items()}
+        own = {target: patch for target, patch in patches.items() if _weight_name(target) in shapes}
+        wrong = {t for t, patch in own.items() if not _fits(patch, t, shapes[_weight_name(t)])}
+        misfits |= wrong
+        fitting = {target: patch for target, patch in own.items() if target not in wrong}
+        count += len(fitting)
+        if fitting and strength != 0:
+            results[part] = _patched(results[part], fitting, strength, way, adapter)
+    unmatched = (*_unmatched(tensors, clip is not None), *_files_names(misfits, names, tensors))
+    if count == 0:
+        raise _nothing_fits(adapter, model, unmatched)
+    applied = Applied(results["model"], results["clip"], count, unmatched, len(tensors))
+    log.info("%s: %d weights, %.1f MB, %s", adapter.path.name, count, adapter.nbytes / 1e6, way)
+    if applied.warning:
+        log.warning("%s: %s", adapter.path.name, applied.warning)
+    return applied
+
+
+class _Watched(dict):
+    """Tensors by name that remembers which of them somebody has taken."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        super().__init__(tensors)
+        self.taken: set[str] = set()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        self.taken.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.taken.add(name)
+        return super().get(name, default)
+
+
+def _patched(owner: Any, patches: dict, strength: float, way: str, adapter: AdapterFile) -> Any:
+    """A clone of a MODEL or CLIP with the patches on it."""
+    clone = owner.clone()
+    patcher = getattr(clone, "patcher", clone)  # a CLIP's, or the MODEL itself
+    if isinstance(patcher, PatchesByWay):
+        patcher.add_patches_by(way, patches, strength)
+    else:
+        patcher.add_patches(patches, strength)
+    if adapter.metadata:
+        patcher.set_attachments("lora_metadata", adapter.metadata)  # as ComfyUI's own node does
+    applied = AppliedLora(adapter.path.name, strength, way, len(patches), adapter.nbytes)
+    patcher.set_attachments(ATTACHMENT, (*(patcher.get_attachment(ATTACHMENT) or ()), applied))
+    return clone
+
+
+def _weight_name(target: Any) -> str:
+    return target if isinstance(target, str) else target[0]
+
+
+def _fits(patch: Any, target: Any, shape: tuple[int, ...]) -> bool:
+    """Whether a LoRA's or a difference's shape is the weight's; other kinds are left to the host.
+
+    The host would find out at every use of the weight, and log it every time.
+    """
+    if not isinstance(target, str):
+        dim, _, length = target[1]
+        shape = (*shape[:dim], length, *shape[dim + 1 :])
+    if isinstance(patch, LoRAAdapter):
+        up, down, _, mid, _, reshape = patch.weights
+        if mid is not None or reshape is not None:
+            return True
+        up, down = up.flatten(1), down.flatten(1)
+        return up.shape[1] == down.shape[0] and up.shape[0] * down.shape[1] == prod(shape)
+    if isinstance(patch, tuple) and patch[0] in ("diff", "set") and len(patch[1]) == 1:
+        return tuple(patch[1][0].shape) == shape
+    return True
+
+
+def _unmatched(tensors: _Watched, with_clip: bool) -> Iterator[str]:
+    """The tensors that nothing took; those for a text encoder count only where one is connected."""
+    for name in tensors:
+        if name not in tensors.taken and (with_clip or not keys.is_for_text_encoder(name)):
+            yield name
+
+
+def _files_names(targets: set, names: dict[str, Any], tensors: _Watched) -> Iterator[str]:
+    """The tensors of the file that went to these targets."""
+    stems = {stem for stem, target in names.items() if target in targets}
+    return (name for name in tensors if keys.split(name)[0] in stems)
+
+
+def _nothing_fits(adapter: AdapterFile, model: Any, unmatched: tuple[str, ...]) -> LoraError:
+    if not unmatched:
+        problem = "it changes a text encoder only" if adapter.tensors else "it holds no tensors"
+        return LoraError(adapter.path, problem, "connect a CLIP to the node, or choose another LoRA")
+    kind = type(model.model.model_config).__name__ if model is not None else "this text encoder"
+    first = ", ".join(name[:100] for name in unmatched[:SHOWN])
+    return LoraError(
+        adapter.path,
+        f"none of its {len(adapter.tensors)} tensors match a weight of {kind}, in name and shape (they begin with "
+        f"{first})",
+        "choose a LoRA that was made for this model, or another model",
+    )

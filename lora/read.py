@@ -1,0 +1,132 @@
+"""An adapter file as tensors of at most two bytes a number, read one after the other.
+
+LoRAs are shared in float32 as often as not, although the model computes in 16 bits. Read whole and then converted,
+one costs three times what is left of it in the end, for a moment. Here each tensor is read, converted and let go
+before the next, so that the peak is the result and one tensor.
+
+What is rounded to bfloat16 are matrices in float32 and float64. What has two bytes or less a number stays as it is;
+so do vectors and numbers (alpha, DoRA's magnitudes, replaced norms), which are small and scale whole weights.
+
+Pickled files (.pt, .ckpt, .bin, .pth) run code when they are loaded, so they are refused by what they contain,
+whatever their name is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from ..loaders import safetensors_header
+from ..loaders.gguf.errors import INCOMPLETE, GGUFError, not_gguf, shown
+from ..loaders.gguf.reader import GGUFFile
+from ..loaders.gguf.types import NO_REFERENCE, PLAIN
+from ..loaders.quant.dispatch import dequantize
+from ..loaders.quant.reference import PLAIN_DTYPES
+from . import keys
+
+WIDE = (torch.float32, torch.float64)
+PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
+
+
+class LoraError(GGUFError):
+    """A LoRA cannot be used. Reads like a GGUFError, whatever the format."""
+
+
+PICKLED = (
+    "it is a pickled PyTorch file, which could run any code when it is loaded, so it never is",
+    "look for a .safetensors version, or convert it with a tool that you trust",
+)
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter's tensors under the names that ComfyUI knows, in host memory, and its metadata."""
+
+    path: Path
+    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def read(path: str | os.PathLike[str]) -> AdapterFile:
+    """Read the safetensors or GGUF adapter at `path`; which one it is, its first bytes say.
+
+    Raises:
+        LoraError: no such file, no adapter, a pickled one, or a damaged one.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb", buffering=0) as file:
+            head = file.read(64)
+            if head.startswith(b"GGUF"):
+                tensors, metadata = _from_gguf(path)
+            elif head.startswith(PICKLES) or path.suffix.lower() in PICKLE_SUFFIXES:
+                raise LoraError(path, *PICKLED)
+            elif head[8:9] == b"{":
+                tensors, metadata = _from_safetensors(path, file)
+            else:
+                told = not_gguf(path, head)
+                problem = told.problem.replace("not a GGUF file", "neither a safetensors nor a GGUF file")
+                raise LoraError(path, problem, told.remedy)
+    except OSError as error:
+        raise LoraError(
+            path, f"it cannot be read ({error.strerror})", "check its name, folder and permissions"
+        ) from error
+    return AdapterFile(path, tensors, metadata)
+
+
+def _from_safetensors(path: Path, file: BinaryIO) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    file.seek(0)
+    try:
+        entries, metadata = safetensors_header.parse(file, path.stat().st_size)
+        wide = [entry for entry in entries if _is_wide(entry.dtype, entry.shape)]
+        staging = torch.empty(safetensors_header.largest(wide), dtype=torch.uint8)
+        tensors = {}
+        for entry in entries:
+            if _is_wide(entry.dtype, entry.shape):
+                source = staging[: entry.nbytes].view(entry.dtype).view(entry.shape)
+                safetensors_header.read_into(file, entry, source)
+                tensors[entry.name] = source.to(torch.bfloat16)
+            else:
+                tensors[entry.name] = torch.empty(entry.shape, dtype=entry.dtype)
+                safetensors_header.read_into(file, entry, tensors[entry.name])
+    except safetensors_header.MalformedError as error:
+        raise LoraError(path, f"not a sound safetensors file: {error}", INCOMPLETE) from error
+    return keys.canonical(tensors), metadata
+
+
+def _from_gguf(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    with GGUFFile(path) as file:
+        tensors = dict(_gguf_tensors(file))
+        alpha = file.metadata.get("adapter.lora.alpha")
+        metadata = {key: value for key in file.metadata if isinstance(value := file.metadata[key], str)}
+    return keys.canonical(keys.of_gguf(tensors, alpha)), metadata
+
+
+def _gguf_tensors(file: GGUFFile) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, info in file.tensors.items():
+        if info.ggml_type in NO_REFERENCE:
+            problem = f"tensor {shown(name)} is of type {info.ggml_type.name}, which nothing turns back exactly"
+            raise LoraError(file.path, problem, "use a conversion to F16 or Q8_0")
+        if info.nbytes == 0:
+            yield name, torch.empty(info.shape)
+            continue
+        mapped = torch.frombuffer(bytearray(file.view(name)), dtype=torch.uint8)
+        if info.ggml_type in PLAIN:
+            tensor = mapped.view(PLAIN_DTYPES[info.ggml_type]).view(info.shape)
+        else:
+            tensor = dequantize(mapped, info.ggml_type, info.shape, torch.bfloat16)
+        yield name, tensor.to(torch.bfloat16) if _is_wide(tensor.dtype, info.shape) else tensor
+
+
+def _is_wide(dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    return dtype in WIDE and sum(n > 1 for n in shape) > 1
