@@ -239,10 +239,10 @@ def work(args: argparse.Namespace) -> None:
     if kind == "make":
         start_host()
         from gguf import GGMLQuantizationType
-        from pack.benchmarks import _flux_file
+        from pack.benchmarks import _model_files
 
         blocks = QUICK_BLOCKS if name == "quick" else BLOCKS
-        size = _flux_file.write(args.path, GGMLQuantizationType.Q8_0, *blocks)
+        size = _model_files.write(args.path, GGMLQuantizationType.Q8_0, "flux", _model_files.flux(*blocks))
         with args.path.open("rb+") as file:
             os.fsync(file.fileno())  # dirty pages cannot be dropped
         result: dict[str, Any] = {"bytes": size}

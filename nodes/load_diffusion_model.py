@@ -6,7 +6,10 @@ import torch
 from comfy_api.latest import io
 
 from ..loaders.diffusion import load_diffusion_model
+from ..offload.attach import can_stream, default_request, stream
+from ..offload.costs import SwapRequest
 from . import model_files
+from .block_swap import BlockSwap
 
 FOLDERS = "sluice_diffusion_models"
 COMPUTE_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -28,6 +31,12 @@ class LoadDiffusionModel(io.ComfyNode):
                     options=model_files.names(FOLDERS),
                     tooltip="A .gguf file in models/diffusion_models or models/unet, or in a folder that another pack "
                     "calls unet_gguf. Of a split model, the first part stands for all.",
+                ),
+                BlockSwap.Input(
+                    "block_swap",
+                    optional=True,
+                    tooltip="From Block Swap Config: how much VRAM the weights may take. Without it they take what is "
+                    "free, and what does not fit streams while the model computes.",
                 ),
                 io.Combo.Input(
                     "compute_dtype",
@@ -53,12 +62,19 @@ class LoadDiffusionModel(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str | None = None, compute_dtype: str | None = "auto") -> str:
+    def fingerprint_inputs(cls, model_name: str | None = None, **others: object) -> str:
         # Which file a linked name will be is not known yet, so a change of any of them counts.
         names = model_files.names(FOLDERS) if model_name is None else [model_name]
         return "; ".join(model_files.stamp(FOLDERS, name) for name in names)
 
     @classmethod
-    def execute(cls, model_name: str, compute_dtype: str = "auto") -> io.NodeOutput:
-        path = model_files.find(FOLDERS, model_name)
-        return io.NodeOutput(load_diffusion_model(path, COMPUTE_DTYPES[compute_dtype]))
+    def execute(
+        cls, model_name: str, block_swap: SwapRequest | None = None, compute_dtype: str = "auto"
+    ) -> io.NodeOutput:
+        request = block_swap or default_request()
+        model = load_diffusion_model(
+            model_files.find(FOLDERS, model_name), COMPUTE_DTYPES[compute_dtype], disable_dynamic=request is not None
+        )
+        if request is None or (block_swap is None and not can_stream(model)):
+            return io.NodeOutput(model)
+        return io.NodeOutput(stream(model, request))

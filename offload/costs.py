@@ -21,6 +21,7 @@ class BlockCost:
     name: str
     tensor_bytes: tuple[int, ...]
     compute_seconds: float
+    small_bytes: int = SMALL_BYTES  # tensors below this never stream
 
     def __post_init__(self) -> None:
         if not (self.compute_seconds > 0 and math.isfinite(self.compute_seconds)):
@@ -36,7 +37,7 @@ class BlockCost:
     @cached_property
     def streamable(self) -> tuple[int, ...]:
         """The tensors that are worth a copy."""
-        return tuple(i for i, nbytes in enumerate(self.tensor_bytes) if nbytes >= SMALL_BYTES)
+        return tuple(i for i, nbytes in enumerate(self.tensor_bytes) if nbytes >= self.small_bytes)
 
     @cached_property
     def streamable_bytes(self) -> int:
@@ -66,6 +67,8 @@ class SwapRequest:
     blocks_to_swap: int = AUTO  # whole blocks, spread evenly over the compute time; AUTO: what is fastest
     prefetch_blocks: int = 1  # streamed blocks that fit into the ring beside the one that computes, at least
     min_free_vram_gb: float = 0.5  # left alone, for other programs and for fragmentation
+    weight_source: str = "auto"  # where on the ladder of sources to begin
+    offload_embeddings: bool = False  # tables stay in RAM, only their rows travel
 
     def __post_init__(self) -> None:
         for dial, (low, high, meaning) in RANGES.items():

@@ -81,7 +81,9 @@ class HostBuffer:
         self._map = _anonymous(nbytes)
         self.view = memoryview(self._map)
         # On the memoryview, which keeps the mapping open for as long as any slice of the tensor lives.
-        self.data = torch.frombuffer(self.view, dtype=torch.uint8)
+        # No inference tensor, whatever mode the host is in: the threads that fill it are outside of that.
+        with torch.inference_mode(False):
+            self.data = torch.frombuffer(self.view, dtype=torch.uint8)
         self._pinned_by: Registrar | None = None
 
     def pin(self, registrar: Registrar) -> None:

@@ -101,7 +101,7 @@ class StreamPlan:
 
     def __str__(self) -> str:
         if not self.copies:
-            return f"all weights, {gb(self.vram_bytes)}, stay within {gb(self.budget_bytes)} of VRAM; nothing streams"
+            return f"all weights, {gb(self.vram_bytes)}, stay; nothing streams"
         return (
             f"{gb(self.resident_bytes)} of weights stay, {gb(self.streamed_bytes)} stream each step through a ring of "
             f"{gb(self.ring_bytes)} ({gb(self.vram_bytes)} of {gb(self.budget_bytes)} VRAM); "
@@ -134,7 +134,7 @@ def make_plan(
 
     Args:
         prefetch_blocks: the ring holds a block's streamed tensors and those of this many streamed blocks after it. It
-            becomes longer than that where VRAM is left.
+            becomes longer than that where VRAM is left and `blocks_to_swap` is AUTO.
         blocks_to_swap: stream this many whole blocks, spread evenly over the compute time; AUTO: what is fastest.
         outside_bytes: resident weights outside the blocks; they are part of the budget.
 
@@ -211,7 +211,10 @@ class _Search:
 
     def _ring(self, chosen: Chosen) -> Ring | None:
         stream = self._stream(chosen)
-        return stream.largest_ring(self.budget - self._everything + stream.nbytes)
+        room = self.budget - self._everything + stream.nbytes
+        if self.swap != AUTO:  # who names a number of blocks wants their VRAM back
+            room = min(room, stream.smallest_ring().nbytes)
+        return stream.largest_ring(room)
 
     def _fitting(self, candidates: Iterator[Chosen] | list[Chosen]) -> Iterator[StreamPlan]:
         compute = [block.compute_seconds for block in self.blocks]

@@ -33,6 +33,7 @@ LADDER: dict[str, Callable[[Request], Source]] = {
     "disk": disk,
     "memory": memory,
 }
+SOURCES = (AUTO, "page_cache", "pinned", "disk")  # what a user may ask for; `memory` is where nothing else is possible
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,53 @@
+"""Follow a network's blocks: told before and after each forward, by torch's own hooks.
+
+Whoever is told is not kept alive by that, and the network is not kept alive by whoever is told, so that a model which
+nobody uses any more goes at once.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+Handles = list[torch.utils.hooks.RemovableHandle]
+
+
+class Follower(Protocol):
+    def enter(self, block: int) -> None:
+        """The block computes next, on the current stream."""
+
+    def exit(self, block: int) -> None:
+        """It has computed, or failed. Not told when the host breaks a run off with what is no `Exception`."""
+
+
+def follow(modules: Sequence[torch.nn.Module], follower: Follower) -> Handles:
+    """Tell `follower` of the forward of each of `modules`, by number, until `unfollow`."""
+    handles: Handles = []
+    reference = weakref.ref(follower)
+    for number, module in enumerate(modules):
+        before, after = _hooks(reference, number)
+        handles.append(module.register_forward_pre_hook(before, prepend=True))
+        handles.append(module.register_forward_hook(after, always_call=True))
+    return handles
+
+
+def unfollow(handles: Handles) -> None:
+    while handles:
+        handles.pop().remove()
+
+
+def _hooks(reference: weakref.ref[Follower], block: int) -> tuple[Callable, Callable]:
+    @torch.compiler.disable
+    def before(module: torch.nn.Module, args: object) -> None:
+        if (follower := reference()) is not None:
+            follower.enter(block)
+
+    @torch.compiler.disable
+    def after(module: torch.nn.Module, args: object, output: object) -> None:
+        if (follower := reference()) is not None:
+            follower.exit(block)
+
+    return before, after

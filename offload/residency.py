@@ -1,0 +1,398 @@
+"""Where the weights of one network are: which stay on the device, which stream, and the way from one plan to the next.
+
+Every weight has its home in host memory. A *resident* one is shown to the network as a copy on the device, for as long
+as the plan lasts; a *streamed* one is shown over the ring, only while its block computes, and everybody else who looks
+at the network sees the home. So a pass that is broken off, a model that is saved or one that is patched never meets
+the bytes of another weight.
+
+    arrange(...)        make a plan for a budget, or keep the one there is, and carry it out
+    follow()            be told when a block computes, to show it its streamed weights and to measure it
+    leave()             all weights at home, no device memory, no file, no thread
+
+What a block computes is measured in the first passes of every run, and the plan follows at the next pass when that
+is worth the move (`replan`).
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from .arrival import bring
+from .block_times import BlockTimes
+from .blocks import Block
+from .costs import SMALL_BYTES, BlockCost, Link, SwapRequest
+from .device import Device, device_for
+from .errors import ArenaError
+from .hooks import Handles, follow, unfollow
+from .link import link_of
+from .plan import BudgetTooSmallError, StreamPlan, make_plan
+from .replan import replan
+from .shelf import Shelf
+from .slots import Located, Slot, slots_of
+from .source import Choice, choose
+from .streaming import Streaming
+
+log = logging.getLogger("sluice.offload")
+
+SMALL_SHARE = 16  # in a small network, what is below this part of the largest tensor is small, too
+TRIES = 4  # plans for ever less VRAM after the device was out of memory
+LESS = 0.8
+NEARLY = 1.05  # times the smallest plan is no larger than that
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the host allows and knows. Budgets are bytes for this model's weights and ring."""
+
+    budget_bytes: int
+    most_bytes: int  # what could be had if the plan for `budget_bytes` is impossible
+    pinned_budget_bytes: int
+    may_pin: bool
+    located: Located
+    dtype_of: Callable[[torch.nn.Module, str], torch.dtype | None]  # what the model declares a plain parameter to be
+    account_pinned: Callable[[int], None]  # the host counts what is locked, so that it does not lock too much itself
+    patched_by_host: Callable[[Slot], bool]  # weights that the host replaces with patched copies, and moves itself
+
+
+class Residency:
+    """Of one network and its clones. Used by one thread at a time.
+
+    Args:
+        blocks: disjoint, in the order in which they run.
+        request: the user's dials.
+        shelf: of the file that the weights are mapped from, if nobody else uses the mapping.
+    """
+
+    def __init__(self, blocks: Sequence[Block], request: SwapRequest, shelf: Shelf | None = None) -> None:
+        self.request = request
+        self.shelf = shelf
+        self.names = [block.name for block in blocks]
+        self._modules = [block.module for block in blocks]
+        self._blocks: list[list[Slot]] = [
+            [slot for slot in slots_of(block.module.modules()) if slot.streams] for block in blocks
+        ]
+        largest = max((slot.nbytes for slots in self._blocks for slot in slots), default=0)
+        self._small_bytes = min(SMALL_BYTES, max(largest // SMALL_SHARE, 1))
+        self._outside: list[Slot] = []
+        self._tables: list[Slot] = []  # that stay in RAM
+        self._buffers: list[tuple[torch.nn.Module, str, torch.Tensor]] = []
+        self._placed: dict[Slot, torch.nn.Parameter] = {}
+        self._device: Device | None = None
+        self._terms: Terms | None = None
+        self._streaming: Streaming | None = None
+        self._handles: Handles = []
+        self._patcher: Callable[[], object | None] = lambda: None  # on whose behalf, weakly
+        self._last = -1
+        self.plan: StreamPlan | None = None
+        self.times: BlockTimes | None = None
+        self.steps = 0  # passes on this plan
+        self.plans_made = 0
+
+    # --- plans
+
+    @property
+    def arranged(self) -> bool:
+        """Whether the weights lie where `plan` says."""
+        return self._terms is not None
+
+    @property
+    def at_home(self) -> bool:
+        """Whether nothing is on the device, and the weights' file could be opened."""
+        return not self.arranged and (self.shelf is None or not self.shelf.holds_any)
+
+    @property
+    def vram_bytes(self) -> int:
+        """What the device holds of this model now."""
+        return self.plan.vram_bytes if self.plan is not None and self.arranged else 0
+
+    def inside(self) -> list[Slot]:
+        """The weights of the blocks that may stream."""
+        return [slot for slots in self._blocks for slot in slots]
+
+    def streamed_modules(self) -> dict[torch.nn.Module, None]:
+        """The modules that the host must not move: those that hold a streamed parameter, and tables left in RAM."""
+        streamed = self._streaming.modules() if self._streaming is not None else {}
+        return streamed | {module: None for slot in self._tables for module, _ in slot.owners}
+
+    @property
+    def choice(self) -> Choice | None:
+        """Where streamed weights come from, while any stream."""
+        return self._streaming.choice if self._streaming is not None else None
+
+    def arrange(self, network: torch.nn.Module, device: torch.device, terms: Terms) -> bool:
+        """Make the weights lie as the best plan for `terms` says; whether anything had to move.
+
+        Raises:
+            BudgetTooSmallError: not even the smallest plan fits.
+            torch.OutOfMemoryError, ArenaError: the device has less than it said, even for smaller plans.
+        """
+        if self._device is None or self._device.torch_device.type != device.type or self._moved_away(device):
+            self.leave()
+            self._device = device_for(device)
+            self.times = self.times or BlockTimes(len(self._blocks), device)
+        if not self.arranged:
+            self._take_stock(network)
+        budget = terms.budget_bytes
+        for attempt in range(TRIES):
+            try:
+                plan, why = self._plan(replace(terms, budget_bytes=budget))
+                if plan is self.plan and self._as_planned():
+                    self._terms = terms
+                    return False
+                if self.shelf is not None:
+                    self.shelf.bring_back()
+                self._carry_out(plan, why, terms)
+                return True
+            except (torch.OutOfMemoryError, ArenaError) as error:
+                self.leave()
+                self._take_stock(network)
+                if attempt + 1 == TRIES:
+                    raise
+                budget = int(min(budget, self.plan.vram_bytes if self.plan else budget) * LESS)
+                self.plan = None
+                log.warning("the GPU has less room than it said (%s); planning again for less", _first_line(error))
+        raise AssertionError("unreachable")
+
+    def keeps(self, device: torch.device, terms: Terms) -> bool:
+        """Whether `arrange` would find everything in its place."""
+        if not self.arranged or self._device is None or self._moved_away(device) or not self._as_planned():
+            return False
+        return self._plan(terms)[0] is self.plan
+
+    def could_fit(self, budget_bytes: int) -> bool:
+        """Whether there is a plan for `budget_bytes`."""
+        if not self.arranged:
+            return False
+        try:
+            self._make_plan(budget_bytes)
+        except BudgetTooSmallError:
+            return False
+        return True
+
+    def _moved_away(self, device: torch.device) -> bool:
+        assert self._device is not None
+        return device.index is not None and self._device.torch_device != device
+
+    def _plan(self, terms: Terms) -> tuple[StreamPlan, str]:
+        assert self._device is not None
+        try:
+            if self.plan is not None and self.plan.outside_bytes == self._outside_bytes():
+                return replan(self.plan, self._costs(), self._link(), terms.budget_bytes, self.steps)
+            return self._make_plan(terms.budget_bytes), "first plan"
+        except BudgetTooSmallError as error:
+            if not terms.budget_bytes < error.smallest_bytes <= terms.most_bytes:
+                raise
+            if self.plan is not None and self.plan.vram_bytes <= min(terms.most_bytes, NEARLY * error.smallest_bytes):
+                return self.plan, ""  # as small as it gets: block times differ a little from run to run
+            log.info("%.2f GB of VRAM were allowed for weights; %.2f GB is the least that works",
+                     terms.budget_bytes / 1e9, error.smallest_bytes / 1e9)  # fmt: skip
+            return self._make_plan(error.smallest_bytes), "the smallest plan"
+
+    def _make_plan(self, budget_bytes: int) -> StreamPlan:
+        return make_plan(
+            self._costs(),
+            self._link(),
+            budget_bytes,
+            prefetch_blocks=self.request.prefetch_blocks,
+            blocks_to_swap=self.request.blocks_to_swap,
+            outside_bytes=self._outside_bytes(),
+        )
+
+    def _costs(self) -> list[BlockCost]:
+        assert self.times is not None
+        return [
+            BlockCost(name, tuple(slot.nbytes for slot in slots), seconds, self._small_bytes)
+            for name, slots, seconds in zip(self.names, self._blocks, self.times.seconds(), strict=True)
+        ]
+
+    def _link(self) -> Link:
+        assert self._device is not None
+        return link_of(self._device, self.choice.source.kind if self.choice else None)
+
+    def _reconsider(self) -> None:
+        """Between two passes, when blocks have just been measured."""
+        assert self.plan is not None and self._terms is not None
+        if any(self._terms.patched_by_host(slot) for slots in self._blocks for slot in slots):
+            return  # the host alone can put its patches on and off: the plan may change at the next load
+        before = self.plan
+        budget = max(self._terms.budget_bytes, before.budget_bytes)  # the smallest plan may take more than allowed
+        try:
+            plan, why = replan(before, self._costs(), self._link(), budget, self.steps)
+        except BudgetTooSmallError:  # with the times as they are now; the plan there is does fit
+            return
+        if plan is before:
+            return
+        try:
+            self._carry_out(plan, why, self._terms)
+        except (torch.OutOfMemoryError, ArenaError) as error:
+            log.warning("the GPU has no room for a better plan (%s)", _first_line(error))
+            self._carry_out(before, "back to the plan before", self._terms)
+
+    # --- carrying a plan out
+
+    def _take_stock(self, network: torch.nn.Module) -> None:
+        """What lies outside the blocks, while everything is at home."""
+        ours = {id(slot.home) for slots in self._blocks for slot in slots}
+        others = [slot for slot in slots_of(network.modules()) if id(slot.home) not in ours]
+        self._tables = [slot for slot in others if self.request.offload_embeddings and _is_table(slot)]
+        self._outside = [slot for slot in others if slot not in self._tables]
+        self._buffers = [(m, name, b) for m in network.modules() for name, b in m._buffers.items() if b is not None]
+
+    def _outside_bytes(self) -> int:
+        return sum(slot.nbytes for slot in self._outside) + sum(buffer.nbytes for *_, buffer in self._buffers)
+
+    def _as_planned(self) -> bool:
+        streaming = self._streaming is not None or not (self.plan and self.plan.copies)
+        return self.arranged and streaming and all(self._is_there(slot) for slot in self._resident(self.plan))
+
+    def _carry_out(self, plan: StreamPlan, why: str, terms: Terms) -> None:
+        assert self._device is not None
+        self._stop_streaming()
+        staying = set(self._resident(plan))
+        for slot in [slot for slot in self._placed if slot not in staying]:
+            self._send_home(slot)
+        self.plan, self._terms, self.steps = plan, terms, 0
+        self.plans_made += 1
+        self._start_streaming(plan, terms)
+        missing = [slot for slot in staying if not self._is_there(slot) and not terms.patched_by_host(slot)]
+        missing.sort(key=lambda slot: -slot.nbytes)
+        there = bring(missing, self._device, self._dtype, terms.located, terms.may_pin)
+        for slot, parameter in zip(missing, there, strict=True):
+            self._placed[slot] = parameter
+            slot.show(parameter)
+        for module, name, buffer in self._buffers:
+            module._buffers[name] = buffer.to(self._device.torch_device)
+        log.info("%s: %s", why, plan)
+
+    def _start_streaming(self, plan: StreamPlan, terms: Terms) -> None:
+        if not plan.copies:
+            return
+        assert self._device is not None
+        choice = choose(
+            {(c.block, c.tensor): self._blocks[c.block][c.tensor].weight(terms.located) for c in plan.copies},
+            self._device,
+            ram_budget_bytes=terms.pinned_budget_bytes,
+            kind=self.request.weight_source,
+            may_pin=terms.may_pin,
+        )
+        try:
+            self._streaming = Streaming(plan, choice, self._blocks, self._device, terms.account_pinned)
+        except BaseException:
+            choice.source.close()
+            raise
+
+    def _stop_streaming(self) -> None:
+        self._last = -1
+        if self._streaming is not None:
+            streaming, self._streaming = self._streaming, None
+            streaming.close()
+
+    def leave(self) -> None:
+        """All weights at home; idempotent. The plan is kept for the next time."""
+        self._stop_streaming()
+        if self.shelf is not None:
+            try:
+                self.shelf.bring_back()
+            except Exception as error:  # whoever uses the model next is told
+                log.warning("the model's weights are gone: %s", error)
+        for slot in list(self._placed):
+            self._send_home(slot)
+        for module, name, buffer in self._buffers:
+            module._buffers[name] = buffer
+        self._outside, self._tables, self._buffers, self._terms = [], [], [], None
+
+    def _send_home(self, slot: Slot) -> None:
+        del self._placed[slot]
+        slot.go_home()
+        slot.forget()
+
+    def _resident(self, plan: StreamPlan | None) -> list[Slot]:
+        streamed = {(copy.block, copy.tensor) for copy in plan.copies} if plan is not None else set()
+        inside = [
+            slot for b, slots in enumerate(self._blocks) for t, slot in enumerate(slots) if (b, t) not in streamed
+        ]
+        return [*self._outside, *inside]
+
+    def _is_there(self, slot: Slot) -> bool:
+        assert self._device is not None
+        shown = slot.shown
+        return shown is not None and shown.device == self._device.torch_device and (
+            slot in self._placed or self._dtype(slot) in (None, shown.dtype)
+        )  # fmt: skip
+
+    def _dtype(self, slot: Slot) -> torch.dtype | None:
+        assert self._terms is not None and self._device is not None
+        if self._device.torch_device.type == "cpu" or slot.home.dtype.itemsize == 1:
+            return None  # where they are already, and what a cast would destroy
+        return self._terms.dtype_of(*slot.owners[0])
+
+    def adopt(self) -> None:
+        """The host has put patched copies in the place of some resident weights: these are what lies there now."""
+        for slot in self._resident(self.plan):
+            shown = slot.shown
+            if shown is not None and shown is not slot.home and shown is not self._placed.get(slot):
+                self._placed[slot] = shown
+
+    def close_file(self) -> None:
+        """Once the host has done its part: let go of the model's file if no weight has to come from it."""
+        terms, device = self._terms, self._device
+        if self.shelf is None or terms is None or device is None:
+            return
+        if self._streaming is not None or self.request.offload_embeddings:
+            return
+        if device.torch_device.type != "cpu" and all(slot in self._placed for slot in self._resident(self.plan)):
+            self.shelf.put_away(self._placed, terms.located)
+
+    def disown(self) -> None:
+        """The host has taken its patched copies away."""
+        for slot in [slot for slot, there in self._placed.items() if slot.shown is not there]:
+            self._send_home(slot)
+
+    # --- around the blocks
+
+    def follow(self, patcher: object) -> None:
+        """Be told of the network's blocks while anything streams, on behalf of `patcher`; `unfollow` ends that."""
+        if self._streaming is not None and not self._handles:
+            self._handles = follow(self._modules, self)
+            self._patcher = weakref.ref(patcher)
+
+    def unfollow(self, patcher: object | None = None) -> None:
+        """For everybody; or unless it is on behalf of another than `patcher`, who is still there."""
+        if patcher is None or self._patcher() in (None, patcher):
+            unfollow(self._handles)
+            self.restore()
+
+    def enter(self, block: int) -> None:
+        if block <= self._last:
+            self.steps += 1
+            if self.arranged and self.times is not None and self.times.complete():
+                self._reconsider()
+        self._last = block
+        if self._streaming is not None:
+            self._streaming.enter(block)
+        if self.times is not None:
+            self.times.start(block)
+
+    def exit(self, block: int) -> None:
+        if self.times is not None:
+            self.times.stop(block)
+        if self._streaming is not None:
+            self._streaming.exit(block)
+
+    def restore(self) -> None:
+        """Whatever was broken off, no weight is shown over the ring."""
+        if self._streaming is not None:
+            self._streaming.restore()
+
+
+def _is_table(slot: Slot) -> bool:
+    return all(isinstance(module, torch.nn.Embedding) for module, _ in slot.owners)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).split("\n")[0]

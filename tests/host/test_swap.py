@@ -1,0 +1,63 @@
+"""Block Swap inside the host: bit for bit the model that it was made from, whatever streams and whatever goes wrong.
+
+The checks are in `swap_checks.py` (runs), `swap_patch_checks.py` (patches) and `swap_life_checks.py` (memory, files and
+failures), and for every architecture in `swap_architectures.py`; one process runs each of them in one host.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from host.test_architectures import NAMES
+from host.test_model import files, outcomes  # noqa: F401  (fixtures)
+from pack.tools.versions import HOSTS, MAIN_HOST
+
+HERE = Path(__file__).parent
+SCRIPTS = [HERE / name for name in ("swap_checks.py", "swap_patch_checks.py", "swap_life_checks.py")]
+CHECKS = [
+    pytest.param(script, check, id=check)
+    for script in SCRIPTS
+    for check in re.findall(r"^def check_(\w+)", script.read_text(encoding="utf-8"), re.MULTILINE)
+]
+RUNS = [
+    *((version, "classic") for version in HOSTS),
+    pytest.param(MAIN_HOST, "gpu-classic", marks=pytest.mark.cuda),
+    pytest.param(MAIN_HOST, "gpu-dynamic", marks=pytest.mark.cuda),
+]
+
+
+@pytest.mark.parametrize(("script", "check"), CHECKS)
+@pytest.mark.parametrize(("version", "mode"), RUNS)
+def test_block_swap(outcomes, script: Path, version: str, mode: str, check: str) -> None:  # noqa: F811
+    failure = outcomes(script, version, mode, check)
+    assert not failure, failure
+
+
+@pytest.fixture(scope="session")
+def compared(run_in_host, tmp_path_factory: pytest.TempPathFactory):
+    """What `swap_architectures.py` says of one architecture in one host; runs it when the host is first asked for."""
+    done: dict[str, dict[str, dict]] = {}
+
+    def result(version: str, name: str) -> dict:
+        if version not in done:
+            folder = str(tmp_path_factory.mktemp("swapped"))
+            printed = run_in_host(HERE / "swap_architectures.py", folder, *NAMES[version], version=version)
+            lines = [json.loads(line) for line in printed.splitlines() if line.startswith('{"architecture"')]
+            done[version] = {line["architecture"]: line for line in lines}
+        return done[version][name]
+
+    return result
+
+
+@pytest.mark.parametrize(("version", "name"), [(version, name) for version in HOSTS for name in NAMES[version]])
+def test_streamed_architecture_is_the_same(compared, version: str, name: str) -> None:
+    found = compared(version, name)
+    assert "error" not in found, found["error"]
+    for kind in ("gguf", "safetensors"):
+        assert found[kind]["finite"]
+        for plan in ("all", "half", "least"):
+            assert found[kind][plan]["equal"], f"{kind}: {plan}"
+        assert found[kind]["all"]["share"] == 1 and found[kind]["half"]["share"] > 0
