@@ -1,0 +1,60 @@
+"""`GET /sluice/report`, and the same object as the websocket event `sluice.memory` while prompts run.
+
+Both are made in the server's thread, not in the one that computes, and the event at most once in SECONDS_BETWEEN, with
+the last state always told, and only if a browser listens.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from aiohttp import web
+from comfy_execution.progress import add_progress_handler
+
+from .follow import Follower
+from .reporter import Reporter
+
+log = logging.getLogger("sluice.report")
+
+ROUTE = "/sluice/report"
+EVENT = "sluice.memory"
+SECONDS_BETWEEN = 0.5
+
+
+class Served:
+    """A reporter on a `PromptServer`, whose prompts it follows; the server keeps it."""
+
+    def __init__(self, server: Any, reporter: Reporter) -> None:
+        self._server, self._reporter = server, reporter
+        self._follower = Follower(reporter.timeline, self._changed)
+        self._due = False
+        self._sent = float("-inf")
+        reporter.progress = self._progress
+        server.routes.get(ROUTE)(self._answer)
+        add_progress_handler(self._follower)
+
+    async def _answer(self, request: web.Request) -> web.Response:
+        return web.json_response(self._reporter.report())
+
+    def _progress(self) -> dict | None:
+        running, _ = self._server.prompt_queue.get_current_queue_volatile()
+        return self._follower.progress({item[1] for item in running})
+
+    def _changed(self) -> None:
+        """Called by the thread that computes, at every step: it leaves the work to the server's."""
+        if not self._due and self._server.sockets:
+            self._due = True
+            self._server.loop.call_soon_threadsafe(self._plan_event)
+
+    def _plan_event(self) -> None:
+        wait = self._sent + SECONDS_BETWEEN - time.monotonic()
+        self._server.loop.call_later(max(wait, 0), self._send)
+
+    def _send(self) -> None:
+        self._due, self._sent = False, time.monotonic()
+        try:
+            self._server.send_sync(EVENT, self._reporter.report())
+        except Exception:  # a prompt must not end because of a report
+            log.exception("the event %s could not be made", EVENT)
