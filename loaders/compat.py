@@ -7,10 +7,13 @@ is mended, or refused with a sentence, in this file. Supported: ComfyUI 0.18 and
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import Any
 
 import comfy.memory_management
+import comfy.model_management
+import comfy.model_patcher
 import comfy.ops
 import torch
 
@@ -51,3 +54,108 @@ def cast_weights(
 
 
 release_weights = comfy.ops.uncast_bias_weight
+
+pages = comfy.ops.comfy_aimdo.model_vbar  # the dynamic patcher's allocator, which is the host's dependency
+
+
+def hold_resident(layer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """The layer's weight and bias as they lie in the dynamic patcher's pages, held there until `let_go_resident`.
+
+    It is what `cast_weights` finds for a layer without functions whose pages are still there since its last call, at a
+    third of the cost. None where there is more to do: the host has to fill the page first, or does so ahead of time.
+    """
+    own = layer.__dict__
+    filled = own.get("_v_signature")  # None where the last call found no memory for the page
+    if filled is None or "_v" not in own or "_prefetch" in own:
+        return None
+    signature = pages.vbar_fault(own["_v"])
+    if pages.vbar_signature_compare(signature, filled):
+        return own["_v_weight"], own["_v_bias"]
+    if signature is not None:
+        pages.vbar_unpin(own["_v"])
+    return None
+
+
+def let_go_resident(layer: torch.nn.Module) -> None:
+    """After the last use of what `hold_resident` gave was started on the device."""
+    pages.vbar_unpin(layer._v)
+
+
+# What the dynamic patcher keeps on a network and its modules. A copy of the network is loaded anew.
+_DYNAMIC_STATE = (
+    *("dynamic_vbars", "dynamic_pins", "dynamic_patchers"),
+    *("_v", "_v_weight", "_v_bias", "_v_signature", "_prefetch", "_pins", "_pin_state", "_pin"),
+)
+
+
+def dynamic_state(network: torch.nn.Module) -> list[Any]:
+    """The objects that stand for what the host has on a device for `network`: a copy must not have them."""
+    states = [module.__dict__ for module in network.modules()]
+    found = [state.get(name) for state in states for name in (*_DYNAMIC_STATE, "current_patcher")]
+    return [value for value in found if value is not None]
+
+
+def forget_dynamic_state(network: torch.nn.Module) -> None:
+    for module in network.modules():
+        for name in _DYNAMIC_STATE:
+            module.__dict__.pop(name, None)
+
+
+def model_dtype(module: torch.nn.Module, name: str) -> torch.dtype | None:
+    """What the host declares a plain parameter to be, where a file's own dtype stands in for it; else None."""
+    return getattr(module, f"{name}_comfy_model_dtype", None)
+
+
+def file_slice(tensor: torch.Tensor) -> tuple[str, int, int, int] | None:
+    """Path, size and time of modification (ns) of the file that a tensor's storage maps, and the tensor's offset.
+
+    None if its bytes are in no file, or in one that cannot be named.
+    """
+    located = getattr(tensor.untyped_storage(), "_comfy_tensor_file_slice", None)
+    if located is None or located.size != tensor.nbytes or tensor.storage_offset():
+        return None
+    handle = located.file_ref
+    try:
+        if isinstance(handle, int):  # a descriptor of the host's own mapping, or a Windows handle
+            status, path = os.fstat(handle), os.readlink(f"/proc/self/fd/{handle}")
+        else:
+            status, path = os.fstat(handle.fileno()), handle.name
+    except (OSError, ValueError):
+        return None
+    return str(path), status.st_size, status.st_mtime_ns, located.offset
+
+
+def may_pin_memory() -> bool:
+    return not comfy.model_management.args.disable_pinned_memory
+
+
+def pinned_memory_left() -> int:
+    """Bytes that the host would still lock."""
+    most = comfy.model_management.MAX_PINNED_MEMORY
+    return max(0, int(most - comfy.model_management.TOTAL_PINNED_MEMORY)) if most > 0 else 0
+
+
+def account_pinned(nbytes: int) -> None:
+    """Add to what the host counts as locked memory; negative when it is given back."""
+    comfy.model_management.TOTAL_PINNED_MEMORY += nbytes
+
+
+def patch_at_use(key: str, patches: dict) -> Any:
+    """The host's own weight function for patches on a weight that it leaves in RAM."""
+    return comfy.model_patcher.LowVramPatch(key, patches)
+
+
+def cast_at_use(module: torch.nn.Module, forced: bool, elsewhere: bool) -> None:
+    """Have a layer of the host cast its weights to the input's dtype if that is `forced` (the user chose the dtype),
+    or to its device if they may be `elsewhere`, until the host undoes what it did to the layer's functions."""
+    if not hasattr(module, "comfy_cast_weights"):
+        return
+    module.comfy_force_cast_weights = forced  # type: ignore[assignment]
+    if (forced or elsewhere) and not hasattr(module, "prev_comfy_cast_weights"):
+        module.prev_comfy_cast_weights = module.comfy_cast_weights
+        module.comfy_cast_weights = True  # type: ignore[assignment]
+
+
+def move_functions(module: torch.nn.Module, device: torch.device) -> int:
+    """Move what patches a module's weights to `device`; bytes that moved."""
+    return comfy.model_patcher.move_weight_functions(module, device)

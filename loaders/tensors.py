@@ -11,7 +11,9 @@ from __future__ import annotations
 import reprlib
 import threading
 import warnings
+from collections.abc import Callable
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,6 +71,23 @@ def state_dict(file: GGUFFile) -> dict[str, torch.Tensor]:
         else:
             result[name] = quantized(data, info.ggml_type, shape)
     return result
+
+
+def reopened(file: GGUFFile) -> Callable[[Path, int], torch.Tensor]:
+    """Open a closed file again. What this returns gives the tensor at an offset of a part, flat, as its bytes.
+
+    Raises:
+        GGUFError: it is not the file that was loaded any more.
+    """
+    file.reopen()
+    locks = [threading.Lock() for _ in file.parts]
+    found = {(file.parts[info.part], info.offset): info for info in file.tensors.values()}
+
+    def data(part: Path, offset: int) -> torch.Tensor:
+        info = found[part, offset]
+        return _mapped(file, info, locks[info.part]).view(torch.uint8)
+
+    return data
 
 
 def _mapped(file: GGUFFile, info: TensorInfo, lock: threading.Lock) -> torch.Tensor:

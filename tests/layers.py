@@ -20,13 +20,18 @@ MAX_LINES = 400
 
 KERNELS = "loaders/quant/kernels"
 
+# Where offloading meets the host's patchers.
+ATTACHING = ("offload/attach.py", "offload/attach_stages.py", "offload/seats.py", "offload/release.py")
+
 # Layer -> the layers that its files may import, itself included. The longest matching folder is a file's layer.
 LAYERS = {
     "": {"nodes"},
-    "nodes": {"nodes", "lora", "offload", "loaders", "loaders/quant", "loaders/gguf"},
-    "lora": {"lora", "loaders/quant", "loaders/gguf"},
+    "nodes": {"nodes", "lora", "offload", *ATTACHING, "loaders", "loaders/quant", "loaders/gguf"},
+    "lora": {"lora", "loaders/safetensors_header", "loaders/quant", "loaders/gguf"},
     "offload": {"offload"},  # sees bytes and modules, never GGUF
-    "loaders": {"loaders", "loaders/quant", "loaders/gguf"},
+    **{path: {"offload", *ATTACHING, "loaders", "loaders/gguf"} for path in ATTACHING},
+    "loaders": {"loaders", "loaders/safetensors_header", "loaders/quant", "loaders/gguf"},
+    "loaders/safetensors_header": set(),
     "loaders/quant": {"loaders/quant", "loaders/gguf"},
     "loaders/gguf": {"loaders/gguf"},
 }
@@ -35,7 +40,14 @@ LAYERS = {
 # library is a dependency that nobody decided on.
 HOST_FILES = (
     *("nodes", "loaders/ops.py", "loaders/diffusion.py", "loaders/text_encoder.py", "loaders/compat.py"),
-    *("loaders/patcher.py", "loaders/patch_at_use.py", "lora/apply.py", "offload/attach.py"),
+    *(
+        "loaders/text_layers.py",
+        "loaders/scaled_fp8.py",
+        "loaders/patcher.py",
+        "loaders/patch_at_use.py",
+        "lora/apply.py",
+    ),
+    *ATTACHING,
 )
 OUTSIDE = {
     "numpy": ("nodes", "lora", "offload", "loaders"),
@@ -43,10 +55,14 @@ OUTSIDE = {
     "gguf": ("nodes", "lora", "loaders"),
     "psutil": ("nodes", "offload", "loaders"),
     "triton": (KERNELS,),
-    "comfy_kitchen": ("loaders/quant/layout.py", *HOST_FILES),
+    "comfy_kitchen": ("loaders/quant/layout.py", "offload/slots.py", *HOST_FILES),
     "comfy": HOST_FILES,
     "folder_paths": HOST_FILES,
     "comfy_api": ("__init__.py", "nodes"),
+    "comfy_execution": ("nodes",),
+    # The host's own requirements, for the report's route and its plot.
+    "aiohttp": ("nodes/report",),
+    "PIL": ("nodes/report",),
 }
 ABOVE_THE_FORMAT = ("torch", "gguf", "psutil")  # loaders/gguf does without these; they are allowed in its parents
 

@@ -12,6 +12,7 @@ from pack.tools import support_matrix
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "demo/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "web" / "docs").glob("*.md")),
 ]
 LINK = re.compile(r"\]\(([^)\s]+)\)")

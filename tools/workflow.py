@@ -12,6 +12,7 @@ from typing import Any
 
 SEED_WIDGETS = ("seed", "noise_seed")
 AFTER_GENERATE = ("fixed", "increment", "decrement", "randomize")
+NOTES = ("Note", "MarkdownNote")  # the frontend's own; the server never gets them
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -41,6 +42,8 @@ def to_api(saved: dict[str, Any]) -> dict[str, dict[str, Any]]:
     origins = {link[0]: [str(link[1]), link[2]] for link in saved["links"]}
     prompt = {}
     for node in saved["nodes"]:
+        if node["type"] in NOTES:
+            continue
         linked = {
             slot["name"]: origins[slot["link"]] for slot in node.get("inputs", []) if slot.get("link") is not None
         }

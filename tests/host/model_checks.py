@@ -47,7 +47,7 @@ import torch  # noqa: E402
 from comfy_kitchen.tensor import QuantizedTensor  # noqa: E402
 from pack.loaders.diffusion import ATTACHMENT, load_diffusion_model  # noqa: E402
 from pack.loaders.gguf.errors import GGUFError  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 GGUF, SAFETENSORS = FOLDER / "demo.gguf", FOLDER / "demo.safetensors"
@@ -109,10 +109,11 @@ def dynamic_vram(granted: bool) -> None:
     pack.loaders.ops.MappedLinear.forward = forward_from_elsewhere
     cast = comfy.ops.cast_bias_weight
 
-    def cast_from_elsewhere(layer, *args, device, **kwargs):
+    def cast_from_elsewhere(layer, *args, **kwargs):
         if hasattr(layer, "_v"):
             CASTS.add(id(layer))
-        return cast(layer, *args, device=str(device) if hasattr(layer, "_v") else device, **kwargs)
+            kwargs["device"] = str(kwargs["device"])
+        return cast(layer, *args, **kwargs)
 
     comfy.ops.cast_bias_weight = cast_from_elsewhere
 
@@ -157,8 +158,17 @@ def latent(patcher, steps: int = 2) -> torch.Tensor:
 
 
 def reference():
-    """The same numbers as plain float32 weights; under the classic patcher where the dynamic one is a stand-in."""
-    return comfy.sd.load_diffusion_model_state_dict(load_file(SAFETENSORS), disable_dynamic=not ON_GPU)
+    """The same numbers as plain weights; under the classic patcher where the dynamic one is a stand-in.
+
+    In 16 bits on a GPU: where the host's dynamic patcher gives way to the classic one (hooks), it leaves weights that
+    are not in the model's type to layers that do not cast.
+    """
+    if not ON_GPU:
+        return comfy.sd.load_diffusion_model_state_dict(load_file(SAFETENSORS), disable_dynamic=True)
+    half = FOLDER / "half.safetensors"
+    if not half.exists():
+        save_file({name: tensor.half() for name, tensor in load_file(SAFETENSORS).items()}, half)
+    return comfy.sd.load_diffusion_model(str(half))
 
 
 def with_lora(patcher, strength: float = 1.0):
@@ -383,25 +393,32 @@ def check_partial_load() -> None:
 
 
 def check_compiles_whole_and_once() -> None:
-    """Core's TorchCompileModel node, with the back end that needs no C compiler."""
-    if MODE != "classic":
+    """Core's TorchCompileModel node; without a GPU, what it does but with the back end that needs no C compiler."""
+    if MODE in ("granted", "refused"):
         return
-    try:
-        from comfy_api.torch_helpers import set_torch_compile_wrapper
-    except ImportError:
-        return  # this host has another node for it
+    from comfy_extras.nodes_torch_compile import TorchCompileModel, set_torch_compile_wrapper
     from torch._dynamo.utils import counters
 
     patcher = load_diffusion_model(GGUF)
-    expected, compiled = latent(patcher), patcher.clone()
-    set_torch_compile_wrapper(model=compiled, backend="aot_eager")
+    expected = latent(patcher)
+    if ON_GPU:
+        compiled = TorchCompileModel.execute(patcher, "inductor").args[0]
+    else:
+        compiled = patcher.clone()
+        set_torch_compile_wrapper(model=compiled, backend="aot_eager")
     counters.clear()
-    assert torch.equal(latent(compiled), expected)
+    assert same_compiled(latent(compiled), expected)
     assert not counters["graph_break"], counters["graph_break"]
     graphs = counters["stats"]["unique_graphs"]
     assert 0 < graphs <= 4, f"{graphs} graphs: the model is compiled in pieces"
-    assert torch.equal(latent(compiled, steps=3), latent(patcher, steps=3))
+    assert same_compiled(latent(compiled, steps=3), latent(patcher, steps=3))
     assert counters["stats"]["unique_graphs"] == graphs, "another run compiled again"
+
+
+def same_compiled(compiled: torch.Tensor, eager: torch.Tensor) -> bool:
+    """Inductor computes in float32 what lies between two matrix products, eager rounds each operation to 16 bits: a
+    few roundings of 2^-9 (bfloat16) in each of 4 blocks over 3 steps."""
+    return bool((compiled - eager).norm() < 0.05 * eager.norm()) if ON_GPU else torch.equal(compiled, eager)
 
 
 class LargestFloat(TorchDispatchMode):

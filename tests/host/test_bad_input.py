@@ -196,17 +196,17 @@ OTHER_KINDS: dict[str, tuple[dict[str, object], Tensors, tuple[str, ...]]] = {
     "T5 by its tensors": (
         {},
         matrices("token_embd.weight", "enc.blk.0.attn_q.weight"),
-        ("a text encoder", "a loader of text encoders (CLIP)", CHOOSE),
+        ("a text encoder", "load it with Load CLIP (GGUF)", CHOOSE),
     ),
     "LLM by its tensors": (
         {"general.architecture": "qwen3"},
         matrices("output_norm.weight", BLOCK),
-        ("a text encoder", "a loader of text encoders (CLIP)", CHOOSE),
+        ("a text encoder", "load it with Load CLIP (GGUF)", CHOOSE),
     ),
     "T5 by its architecture": (
         {"general.architecture": "t5"},
         matrices("shared.weight"),
-        ("a text encoder", "a loader of text encoders (CLIP)", CHOOSE),
+        ("a text encoder", "load it with Load CLIP (GGUF)", CHOOSE),
     ),
     "mmproj by its tensors": (
         {"general.architecture": "clip"},

@@ -1,23 +1,42 @@
-"""Each file in example_workflows/ is what the frontend of a running server expects to open."""
+"""Each file in example_workflows/ is what the frontend of a running server expects to open, and the server to run.
+
+The server has an empty file for each model that a workflow names: it checks everything before it reads one.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pack.tools import workflow
+from pack.tools import demo, example_workflows, host, workflow
 from pack.tools.host import ROOT
-from pack.tools.server import Server
+from pack.tools.server import PromptFailed, Server
 
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
+# No two hosts' nodes are quite alike; what the frontend of the newest one saves, it and older ones open.
+DYNAMIC = "COMFY_DYNAMICCOMBO_V3"  # a combo, each of whose options is described
 NUMBERS: dict[str, tuple[type, ...]] = {"INT": (int,), "FLOAT": (int, float)}
-WIDGETS = {"COMBO", "STRING", "BOOLEAN", *NUMBERS}
+WIDGETS = {"COMBO", DYNAMIC, "STRING", "BOOLEAN", *NUMBERS}
 
 
 @pytest.fixture(scope="module")
-def known_nodes(demo_server: Server) -> dict[str, Any]:
-    return demo_server.object_info()
+def stocked_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with the demo's models and a placeholder for every other."""
+    base = tmp_path_factory.mktemp("stocked")
+    found = host.find()
+    demo.prepare_models(found)
+    demo.copy_models(base / "models")
+    example_workflows.place_files(base / "models")
+    with Server(found, base, "--cpu") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def known_nodes(stocked_server: Server) -> dict[str, Any]:
+    return stocked_server.object_info()
 
 
 def inputs_of(definition: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -35,6 +54,10 @@ def inputs_of(definition: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_nodes_and_widgets_match_the_server(path: Path, known_nodes: dict[str, Any]) -> None:
     for node in workflow.load(path)["nodes"]:
+        if node["type"] in workflow.NOTES:
+            assert [type(value) for value in node["widgets_values"]] == [str]
+            assert not node["inputs"] and not node["outputs"]
+            continue
         assert node["type"] in known_nodes
         definition = known_nodes[node["type"]]
         inputs = inputs_of(definition)
@@ -56,6 +79,9 @@ def test_nodes_and_widgets_match_the_server(path: Path, known_nodes: dict[str, A
 def check_value(value: Any, kind: str, options: dict[str, Any]) -> None:
     if kind == "COMBO":
         assert value in options["options"]
+    elif kind == DYNAMIC:
+        (chosen,) = [option for option in options["options"] if option["key"] == value]
+        assert not any(chosen["inputs"].values()), "its further inputs would be widgets, too"
     elif kind in NUMBERS:
         assert isinstance(value, NUMBERS[kind])
         assert options["min"] <= value <= options["max"]
@@ -78,3 +104,38 @@ def test_links_join_what_they_say(path: Path) -> None:
     ends = [slot["link"] for node in saved["nodes"] for slot in node["inputs"] if slot["link"] is not None]
     starts = [link for node in saved["nodes"] for slot in node["outputs"] for link in slot["links"] or []]
     assert sorted(ends) == sorted(starts) == sorted(link[0] for link in saved["links"])
+
+
+RECIPES = example_workflows.RECIPES
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=example_workflows.name_of)
+def test_the_file_is_what_its_recipe_makes(recipe: Callable, known_nodes: dict[str, Any]) -> None:
+    path = example_workflows.FOLDER / f"{example_workflows.name_of(recipe)}.json"
+    made = example_workflows.written(recipe, known_nodes)
+    assert path.read_text(encoding="utf-8") == made, "run tools/example_workflows.py with the Python of .venv"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=example_workflows.name_of)
+def test_the_server_takes_it_and_stops_only_at_the_empty_files(recipe: Callable, stocked_server: Server) -> None:
+    path = example_workflows.FOLDER / f"{example_workflows.name_of(recipe)}.json"
+    prompt = workflow.to_api(workflow.load(path))
+    with pytest.raises(PromptFailed) as failed:
+        stocked_server.queue(prompt)
+    assert re.match(
+        r"the workflow failed in (SluiceDiffusionModelLoader|SluiceCLIPLoader|VAELoader)", str(failed.value)
+    )
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=example_workflows.name_of)
+def test_the_note_says_where_each_model_is_published(recipe: Callable) -> None:
+    saved = workflow.load(example_workflows.FOLDER / f"{example_workflows.name_of(recipe)}.json")
+    (note,) = [node["widgets_values"][0] for node in saved["nodes"] if node["type"] in workflow.NOTES]
+    named = {value for node in saved["nodes"] for value in node["widgets_values"] if value in example_workflows.FILES}
+    assert len(named) >= 3
+    assert {name for name in named if f"- [{name}](https://" not in note} == set()
+
+
+def test_every_placeholder_is_used() -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in WORKFLOWS)
+    assert [name for name in example_workflows.FILES if name not in text] == []

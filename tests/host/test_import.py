@@ -46,7 +46,7 @@ def test_it_has_nodes_and_what_they_need(imported: dict[str, Any]) -> None:
 
 
 def test_it_imports_nothing_that_the_host_has_not(imported: dict[str, Any]) -> None:
-    assert imported["modules_from_outside"] == []
+    assert set(imported["modules_from_outside"]) <= {"comfy", "comfy_execution"}  # of the host itself
     assert imported["asked_for"] == []
     assert not [name for name in imported["modules_of_ours"] if "kernels" in name]
 
