@@ -1,4 +1,4 @@
-"""GGUF and safetensors file(s) -> CLIP."""
+"""GGUF and safetensors file(s) -> CLIP. What reads them is imported when it is used: ComfyUI starts the faster."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..loaders import clip_types, mmproj
-from ..loaders.text_encoder import load_text_encoder
+from ..loaders import clip_types
 from . import model_files
 
 FOLDERS = "sluice_text_encoders"
@@ -81,6 +80,8 @@ class LoadCLIP(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, **inputs: str | None) -> str:
         given = [inputs.get(name, NONE) for name in NAMES]
+        from ..loaders import mmproj
+
         # Which file a linked name will be is not known yet, so a change of any of them counts.
         names = model_files.names(FOLDERS) if None in given else _chosen(*given)
         # A projector that was put beside a model since belongs to it.
@@ -90,6 +91,8 @@ class LoadCLIP(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip_name1: str, type: str, device: str = "default", **others: str) -> io.NodeOutput:
+        from ..loaders.text_encoder import load_text_encoder
+
         names = _chosen(clip_name1, *(others.get(name) for name in NAMES[1:]))
         paths = [model_files.find(FOLDERS, name) for name in names]
         embeddings = folder_paths.get_folder_paths("embeddings")

@@ -323,6 +323,12 @@ class StreamedPatcher(PatchingAtUse):
                 functions += self.weight_wrapper_patches.get(key, [])
                 if hasattr(module, f"{kind}_function"):
                     setattr(module, f"{kind}_function", functions)
+                elif functions:
+                    raise ValueError(
+                        f"Block Swap: {key} streams and has a patch (a LoRA, for instance), but its layer, a "
+                        f"{type(module).__name__}, is none that ComfyUI could patch at use. Remove the patch, or "
+                        "Block Swap, or raise vram_budget_gb until all weights stay"
+                    )
             compat.cast_at_use(module, self.force_cast_weights, isinstance(module, torch.nn.Embedding))
             compat.move_functions(module, device)
 

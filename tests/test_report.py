@@ -329,6 +329,7 @@ REPORT = {
     "vram": [{"device": "cuda:0", "name": "GPU", "allocated": 4e9, "reserved": 5e9, "free": 1e9, "total": 8e9}],
     "caches": [{"name": "loras", "bytes": 1e6, "bound_bytes": 1e9, "entries": 2, "hits": 3, "misses": 4}],
     "dispatch": [{"what": "cuda", "choice": "triton"}],
+    "events": [{"time_ms": 5, "action": "leaves", "what": "text encoder", "nbytes": 4_700_000_000, "why": "sampling"}],
 }
 
 
@@ -341,6 +342,7 @@ def test_the_text_says_every_number() -> None:
         *("copies 40.0 ms", "2.46 GB/s", "compute binds", "19 passes", "1 misses", "l.safetensors at 0.5 (auto): 24"),
         *("anonymous 500.0 MB", "file ?", "allocated 4.00 GB", "reserved 5.00 GB", "1.00 GB of 8.00 GB free"),
         *("3 hits", "cuda: triton", "at most VRAM 2.50 GB"),
+        "text encoder leaves, 4.70 GB: sampling",
     ):
         assert part in said, part
     assert "0.0 MB in RAM" not in said

@@ -52,7 +52,7 @@ FOR_WHOM = {
 def test_who_leaves_for_whom(mode: str, part: Part) -> None:
     policy = StagePolicy(mode)
     for other in ALL - {part}:
-        expected = other in FOR_WHOM[mode].get(part, ())
+        expected = other in FOR_WHOM[mode].get(part, ())  # type: ignore[attr-defined]
         assert {leaves(policy, part, moment) for moment in BEGINS[other]} == {expected}, other
 
 
@@ -61,7 +61,7 @@ def test_nobody_moves_where_there_is_room(mode: str) -> None:
     for part, moment in itertools.product(Part, Moment):
         assert not leaves(StagePolicy(mode), part, moment, free=TIGHT.nbytes)
     moved = [part for part in Part if leaves(StagePolicy(mode), part, Moment.DECODE_BEGINS, free=TIGHT.nbytes - 1)]
-    assert moved == [part for part in Part if Part.VAE in FOR_WHOM[mode].get(part, ())]
+    assert moved == [part for part in Part if Part.VAE in FOR_WHOM[mode].get(part, ())]  # type: ignore[attr-defined]
 
 
 def test_aggressive_moves_at_the_end_of_a_stage() -> None:
@@ -87,7 +87,7 @@ def test_overrides(mode: str) -> None:
     dials = {Part.TEXT: "offload_cond_stage", Part.DIFFUSION: "offload_diffusion"}
     for part, choice in itertools.product(dials, CHOICES):
         policy = StagePolicy(mode, **{dials[part]: choice})
-        expected = {"auto": part in FOR_WHOM[mode], "on": mode != "none", "off": False}[choice]
+        expected = {"auto": part in FOR_WHOM[mode], "on": mode != "none", "off": False}[choice]  # type: ignore[operator]
         assert leaves(policy, part, Moment.DECODE_BEGINS) == expected, (part, choice)
         (other,) = dials.keys() - {part}
         assert leaves(policy, other, Moment.DECODE_BEGINS) == leaves(StagePolicy(mode), other, Moment.DECODE_BEGINS)
@@ -192,7 +192,7 @@ def test_dry_run_of_what_looks_at_values_is_an_error() -> None:
 def test_answers_are_bounded_and_go_with_their_network() -> None:
     answers, network, asked = Answers(), Doubling(), []
     for size in [*range(KEPT + 5), KEPT + 4]:
-        assert answers.get(network, size, lambda size=size: asked.append(size) or size) == size
+        assert answers.get(network, size, lambda size=size: asked.append(size) or size) == size  # type: ignore[func-returns-value]
     assert asked == list(range(KEPT + 5)) and len(answers) == KEPT
     assert answers.get(network, "none", lambda: None) is None
     assert answers.get(network, "none", lambda: 1) is None, "it was tried again"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import is_dataclass
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ...loaders.patch_at_use import PatchAtUse
 from ...loaders.quant import dispatch
 from ...lora.apply import ATTACHMENT as LORAS
 from ...offload.attach import residency_of
+from ...offload.events import Event, recent_events
 from ...offload.report import SwapState, state_of
 from ..apply_lora import CACHE
 from . import memory
@@ -49,8 +50,14 @@ def report(prompt: dict | None, timeline: dict) -> dict:
         "vram": memory.vram(),
         "caches": _caches(),
         "dispatch": [{"what": what, "choice": why} for what, why in dispatch.choices().items()],
+        "events": [_event(event) for event in recent_events()],
         "timeline": timeline,
     }
+
+
+def _event(event: Event) -> dict:
+    fields = asdict(event)
+    return {"time_ms": round(fields.pop("time") * 1e3), **fields}
 
 
 def _loaded() -> Iterable[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 LABELS = {"resident": "resident", "streamed": "streamed each pass", "on_disk": "in the file only", "in_ram": "in RAM"}
+EVENTS = 12  # of stages, the last ones; a picture has about ten
 COLUMNS = {"vram_used": "VRAM", "ram_anonymous": "RAM", "ram_file": "RAM of files"}
 
 
@@ -17,6 +18,8 @@ def text(report: dict, label: str = "") -> str:
         parts.append("no model is loaded")
     parts += [_ram(report["host_ram"]), *map(_vram, report["vram"]), *_caches(report["caches"])]
     parts += [f"dequantising on {one['what']}: {one['choice']}" for one in report["dispatch"]]
+    last = report["events"][-EVENTS:]
+    parts += [f"{one['what']} {one['action']}, {size(one['nbytes'])}: {one['why']}" for one in last]
     parts += _timeline(report["timeline"])
     return "\n".join(parts)
 

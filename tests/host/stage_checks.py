@@ -8,10 +8,8 @@ a large `target_free_vram_gb` stands for a GPU without any.
 from __future__ import annotations
 
 import gc
-import shutil
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from host import model_checks as base  # switches the host to the mode that the command line names, so it comes first
@@ -21,17 +19,15 @@ import comfy.model_patcher  # isort: skip
 import comfy.sd  # isort: skip
 import torch  # isort: skip
 from host import encoder_files, swap_checks
-from host.model_checks import FOLDER, GGUF, MODE, SAFETENSORS
+from host.model_checks import FOLDER, GGUF, MODE
 from host.tiny_encoder import ENCODERS, TEXT, VOCABULARY
 from pack.loaders.diffusion import load_diffusion_model
-from pack.loaders.gguf.errors import GGUFError
 from pack.loaders.text_encoder import load_text_encoder
 from pack.offload import attach_stages as attach_stages_module
 from pack.offload import estimate, events, seats
-from pack.offload.attach import StreamedPatcher, apply_block_swap, residency_of, stream
+from pack.offload.attach import StreamedPatcher, apply_block_swap, residency_of
 from pack.offload.attach_stages import attach_stages
 from pack.offload.costs import SwapRequest
-from pack.offload.release import release
 from pack.offload.stages import MODES, Moment, StagePolicy
 from pack.tools.host import ROOT
 from safetensors.torch import load_file
@@ -336,7 +332,7 @@ def check_room_is_made_once_more_and_then_an_error() -> None:
     nothing_loaded()
     picture = Picture(StagePolicy("cond_only"))
     picture.encode_text()
-    load, failures = comfy.model_management.load_models_gpu, []
+    load, failures = comfy.model_management.load_models_gpu, []  # type: ignore[var-annotated]
 
     def short_of_memory(models: list, *args: Any, **kwargs: Any) -> None:
         if len(failures) < wanted and any(picture.model.is_clone(model) for model in models):
@@ -392,148 +388,12 @@ def check_arguments_by_name() -> None:
     assert torch.equal(text, picture.inputs[1].encode_from_tokens(picture.tokens()))
 
 
-# --- Release Memory
-
-
-def maps_of(path: Path) -> int:
-    return sum(line.endswith(f" {path}") for line in Path("/proc/self/maps").read_text().splitlines())
-
-
-def check_released_by_kind() -> None:
-    for what, left in (
-        ("text_encoder", {DIFFUSION, VAE}),
-        ("diffusion_model", {TEXT_ENCODER, VAE}),
-        ("caches", {TEXT_ENCODER, DIFFUSION, VAE}),
-        ("all", set()),
-    ):
-        nothing_loaded()
-        picture = Picture()
-        expected = picture.draw()[1]
-        happened = told(lambda what=what: release(what, "offload"))
-        assert picture.loaded() == left, (what, picture.loaded())
-        assert happened and all("Release Memory" in event.why for event in happened)
-        assert same(picture.draw()[1], expected), what
-
-
-def applied(model: Any) -> Any:
-    return apply_block_swap(model, SwapRequest(blocks_to_swap=4))
-
-
-def check_disposed_model_lets_go_of_its_file() -> None:
-    """And is whole again when it is used, copied, merged or saved."""
-    kinds: dict[str, Callable[[Path], Any]] = {
-        "plain": load_diffusion_model,
-        "applied": lambda path: applied(load_diffusion_model(path)),
-        "streamed": lambda path: stream(load_diffusion_model(path, disable_dynamic=True), SwapRequest()),
-    }
-    cases: tuple[tuple[str, Callable[[Any], Any]], ...] = (
-        ("plain", latent),
-        ("plain", lambda model: latent(applied(model))),
-        ("plain", lambda model: {k: v.clone() for k, v in model.model_state_dict_for_saving().items()}),
-        ("plain", lambda model: model.get_key_patches("diffusion_model.")),
-        ("applied", lambda model: latent(model.clone())),
-        ("applied", lambda model: latent(applied(model))),
-        ("streamed", latent),
-    )
-    expected = latent(load_diffusion_model(GGUF))
-    for number, (kind, use) in enumerate(cases):
-        nothing_loaded()
-        path = FOLDER / f"disposed-{number}.gguf"
-        shutil.copy(GGUF, path)
-        model = kinds[kind](path)
-        assert torch.equal(latent(model), expected)
-        gc.collect()
-        assert maps_of(path)
-        release("diffusion_model", "dispose")
-        gc.collect()
-        assert not maps_of(path), number
-        release("all", "dispose")  # again, for nothing
-        for _ in range(2):
-            found = use(model)
-            assert maps_of(path), number
-            assert not isinstance(found, torch.Tensor) or torch.equal(found, expected), number
-        assert torch.equal(latent(model), expected), number
-
-
-def check_merged_with_a_disposed_model() -> None:
-    nothing_loaded()
-    one, other = load_diffusion_model(GGUF), load_diffusion_model(GGUF)
-
-    def merged() -> torch.Tensor:
-        model = one.clone()
-        model.add_patches(other.get_key_patches("diffusion_model."), 0.5, 0.5)
-        return latent(model)
-
-    expected = merged()
-    latent(other)
-    release("diffusion_model", "dispose")
-    assert torch.equal(merged(), expected)
-
-
-def check_disposed_text_encoder_lets_go_of_its_file() -> None:
-    nothing_loaded()
-    picture = Picture()
-    expected = picture.encode_text()
-    assert maps_of(ENCODER)
-    release("text_encoder", "dispose")
-    gc.collect()
-    assert not maps_of(ENCODER)
-    assert torch.equal(picture.encode_text(), expected) and maps_of(ENCODER)
-
-
-def check_disposed_after_it_left() -> None:
-    nothing_loaded()
-    picture = Picture(StagePolicy("aggressive"))
-    expected = picture.draw()[1]
-    release("all", "dispose")
-    gc.collect()
-    assert not maps_of(GGUF) and not maps_of(ENCODER)
-    assert same(picture.draw()[1], expected)
-
-
-def check_file_that_changed_after_it_was_disposed() -> None:
-    nothing_loaded()
-    path = FOLDER / "changed.gguf"
-    shutil.copy(GGUF, path)
-    model = load_diffusion_model(path)
-    expected = latent(model)
-    release("diffusion_model", "dispose")
-    path.rename(path.with_suffix(".away"))
-    for _ in range(2):
-        try:
-            latent(model)
-            raise AssertionError("no error")
-        except GGUFError as error:
-            assert path.name in str(error)
-    path.with_suffix(".away").rename(path)
-    assert torch.equal(latent(model), expected)
-
-
-def check_model_of_the_host_says_that_its_ram_stays() -> None:
-    nothing_loaded()
-    model = comfy.sd.load_diffusion_model_state_dict(load_file(SAFETENSORS), disable_dynamic=True)
-    expected = latent(model)
-    (event,) = told(lambda: release("diffusion_model", "dispose"))
-    assert "stay in RAM" in event.why and not is_loaded(model)
-    assert torch.equal(latent(model), expected)
-
-
-def check_words_that_do_not_exist() -> None:
-    for call in (
-        lambda: release("everything", "offload"),
-        lambda: release("all", "delete"),
-        lambda: StagePolicy("gentle"),
-        lambda: StagePolicy(reload_diffusion="maybe"),
-    ):
-        try:
-            call()
-            raise AssertionError("no error")
-        except ValueError as error:
-            assert "all" in str(error) or "auto" in str(error) or "cond_only" in str(error) or "offload" in str(error)
-
-
-if __name__ == "__main__":
+def run(checks: dict[str, Any]) -> None:
     if MODE != "classic":  # as the stand-in does for diffusion models: a device that is not the CPU by its name
         comfy.model_management.text_encoder_device = comfy.model_management.vae_device = lambda: torch.device("cpu", 0)
     with encoder_files.shrunk(TINY):
-        base.main(globals())
+        base.main(checks)
+
+
+if __name__ == "__main__":
+    run(globals())

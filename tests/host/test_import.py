@@ -59,8 +59,9 @@ def test_it_touches_nothing(imported: dict[str, Any]) -> None:
 
 
 def test_it_is_small(imported: dict[str, Any]) -> None:
-    """0.06 s on two cores; what makes an import slow is what it imports, and that can be counted."""
-    assert len(imported["modules_of_ours"]) < 50
+    """0.15 s on two cores; what makes an import slow is what it imports, and that can be counted."""
+    assert len(imported["modules_of_ours"]) < 100
+    assert not [name for name in imported["modules_of_ours"] if "quantize" in name or "tokenizer" in name]
 
 
 def test_the_watch_sees_what_it_watches_for(run_in_host, tmp_path: Path) -> None:

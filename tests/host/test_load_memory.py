@@ -18,12 +18,13 @@ from pack.benchmarks.load_memory import Memory, start_host
 folder = Path(sys.argv[1])
 start_host()
 from gguf import GGMLQuantizationType
-from pack.benchmarks import _flux_file
+from pack.benchmarks import _model_files
 from pack.loaders.diffusion import load_diffusion_model
 
+kind = GGMLQuantizationType.Q4_K
 for double_blocks, single_blocks in ((1, 2), (8, 18)):
     path = folder / f"{double_blocks}.gguf"
-    size = _flux_file.write(path, GGMLQuantizationType.Q4_K, double_blocks, single_blocks, sparse=True)
+    size = _model_files.write(path, kind, "flux", _model_files.flux(double_blocks, single_blocks), sparse=True)
     gc.collect()
     before = Memory.now()
     model = load_diffusion_model(path)

@@ -204,11 +204,14 @@ def test_wan_block_swap_reaches_the_loader(demo_server: Server, replacements, re
         assert (picture(demo_server, graph) == reference).all()
 
 
-def test_wan_set_block_swap_reaches_the_model(demo_server: Server, replacements, reference) -> None:
+@pytest.mark.parametrize("config, apply", [("10", "11"), ("11", "10"), ("20", "30"), ("31", "12")])
+def test_wan_set_block_swap_reaches_the_model(demo_server: Server, reference, config: str, apply: str) -> None:
+    """Under several numbers: the server replaces in the order of a set of them, and each order must do."""
     graph = workflow.to_api(short_demo())
-    graph["10"] = {"class_type": "WanVideoBlockSwap", "inputs": {**SWAP, "blocks_to_swap": 1}}
-    graph["11"] = {"class_type": "WanVideoSetBlockSwap", "inputs": {"model": ["1", 0], "block_swap_args": ["10", 0]}}
-    graph["6"]["inputs"]["model"] = ["11", 0]
+    graph[config] = {"class_type": "WanVideoBlockSwap", "inputs": {**SWAP, "blocks_to_swap": 1}}
+    linked = {"model": ["1", 0], "block_swap_args": [config, 0]}
+    graph[apply] = {"class_type": "WanVideoSetBlockSwap", "inputs": linked}
+    graph["6"]["inputs"]["model"] = [apply, 0]
     assert (picture(demo_server, graph) == reference).all()
 
 

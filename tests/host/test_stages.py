@@ -1,4 +1,5 @@
-"""Offload Mode and Release Memory inside the host (`stage_checks.py`), and as users meet them (HTTP API)."""
+"""Offload Mode and Release Memory inside the host (`stage_checks.py`, `release_checks.py`); as users meet them, see
+`test_stages_api.py`."""
 
 from __future__ import annotations
 
@@ -9,16 +10,20 @@ import pytest
 from host.test_model import files, outcomes  # noqa: F401  (fixtures)
 from pack.tools.versions import HOSTS, MAIN_HOST
 
-SCRIPT = Path(__file__).parent / "stage_checks.py"
-CHECKS = re.findall(r"^def check_(\w+)", SCRIPT.read_text(encoding="utf-8"), re.MULTILINE)
+SCRIPTS = [Path(__file__).parent / name for name in ("stage_checks.py", "release_checks.py")]
+CHECKS = [
+    pytest.param(script, check, id=check)
+    for script in SCRIPTS
+    for check in re.findall(r"^def check_(\w+)", script.read_text(encoding="utf-8"), re.MULTILINE)
+]
 RUNS = [
     *((version, "classic") for version in HOSTS),
     (MAIN_HOST, "granted"),
 ]
 
 
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize(("script", "check"), CHECKS)
 @pytest.mark.parametrize(("version", "mode"), RUNS)
-def test_stages(outcomes, version: str, mode: str, check: str) -> None:  # noqa: F811
-    failure = outcomes(SCRIPT, version, mode, check)
+def test_stages(outcomes, script: Path, version: str, mode: str, check: str) -> None:  # noqa: F811
+    failure = outcomes(script, version, mode, check)
     assert not failure, failure

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import time
+import urllib.request
 from typing import Any
 
 import numpy as np
@@ -80,12 +82,18 @@ def plain(demo_server: Server) -> dict[int, np.ndarray]:
 def test_same_picture_and_who_left_for_it(demo_server: Server, plain, mode: str) -> None:
     start = fresh(demo_server)
     dials = {**NO_ROOM, "reload_cond_stage": "off", "reload_diffusion": "off"}
-    assert np.array_equal(picture(demo_server, workflow(mode, **dials)), plain[3])
+    assert np.array_equal(picture(demo_server, workflow(mode, **dials)), plain[3])  # type: ignore[arg-type]
     lines = events(demo_server, start)
     assert left(lines) == LEFT[mode], lines
     begun = [match[1] for line in lines if (match := BEGINS.search(line))]
     stages = ["text encoding", "text encoding", "sampling", "VAE decode"]
     assert begun == ([] if mode == "none" else stages)
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with direct.open(f"{demo_server.url}/sluice/report", timeout=30) as answer:
+        reported = json.load(answer)["events"][-len(lines) :] if lines else []
+    assert len(reported) == len(lines)
+    for one, line in zip(reported, lines, strict=True):
+        assert f"{one['what']} {one['action']}" in line
     # A second run of the same prompt with other seeds: a queue.
     for seed in (4, 5, 3):
         assert np.array_equal(picture(demo_server, workflow(mode, seed, **dials)), plain[seed])
@@ -112,7 +120,7 @@ def test_second_pass_over_the_decoded_picture(demo_server: Server) -> None:
     """As img2img and upscale passes: decode, encode, sample again with the same model, decode."""
 
     def twice(mode: str | None) -> Workflow:
-        api = workflow(mode, **(NO_ROOM if mode else {}))
+        api = workflow(mode, **(NO_ROOM if mode else {}))  # type: ignore[arg-type]
         vae = api[DECODE]["inputs"]["vae"]
         api["30"] = {"class_type": "VAEEncode", "inputs": {"pixels": [DECODE, 0], "vae": vae}}
         again = {**api[SAMPLER]["inputs"], "latent_image": ["30", 0], "denoise": 0.6, "seed": 9}
