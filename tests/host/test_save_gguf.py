@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -197,7 +198,10 @@ def test_convert_writes_beside_its_source(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_convert_that_is_ended_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     command = [sys.executable, str(host.ROOT / "dev.py"), "convert", "--", str(SOURCE), str(tmp_path / "x.gguf")]
-    with subprocess.Popen([*command, "--type", "IQ1_S", "--arch", "sd3"], stderr=subprocess.PIPE) as process:
+    options = ["--type", "IQ1_S", "--arch", "sd3"]
+    # A shell that runs the tests in the background has them, and what they start, ignore Ctrl-C.
+    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, preexec_fn=listening) as process:
         while not list(tmp_path.iterdir()):
             assert process.poll() is None, "it ended before it could be ended"
             time.sleep(0.01)
