@@ -304,7 +304,8 @@ def test_loras_and_their_cache(demo_server: Server) -> None:
     assert lora["weights"] == patches["at_use"] + patches["by_comfyui"] > 0
     assert 0 < lora["bytes"] <= (ROOT / "demo" / "demo_lora.safetensors").stat().st_size
     old, new = ({cache["name"]: cache for cache in one["caches"]}["loras"] for one in (before, report))
-    assert new["hits"] == old["hits"] + 1 and new["entries"] == 1
+    read = new["misses"] - old["misses"]  # 0 where an earlier test of this server left it in the cache
+    assert new["hits"] - old["hits"] + read == 2 and read <= 1 and new["entries"] >= 1
     assert 0 < new["bytes"] <= new["bound_bytes"]
     assert f"LoRA demo_lora.safetensors at 0.562 (auto): {lora['weights']} weights" in outputs["22"]["text"][0]
     unload(demo_server)
