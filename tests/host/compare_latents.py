@@ -10,6 +10,7 @@ import contextlib
 import json
 import sys
 import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 FOLDER, *NAMES = sys.argv[1:]
@@ -107,14 +108,15 @@ def compare(name: str, folder: Path) -> dict[str, object]:
     return result
 
 
-def main() -> None:
-    for name in NAMES:
+def print_each(names: Sequence[str], folder: Path, compare: Callable[[str, Path], dict[str, object]]) -> None:
+    """One JSON line for each architecture: what `compare` says of it, or `error` with how it failed."""
+    for name in names:
         try:
-            result = compare(name, Path(FOLDER))
+            result = compare(name, folder)
         except Exception:
             result = {"error": traceback.format_exc()}
         print(json.dumps({"architecture": name, **result}), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    print_each(NAMES, Path(FOLDER), compare)

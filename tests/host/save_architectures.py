@@ -7,54 +7,24 @@ the latent equals that of core's model whose weights are what gguf-py reads in t
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
-import traceback
 from pathlib import Path
 
 FOLDER, *NAMES = sys.argv[1:]
-sys.argv = ["main.py", "--cpu"]
-import comfy.options  # noqa: E402
+sys.argv = [sys.argv[0], FOLDER]  # no names: nothing is compared while it is imported
+from host.compare_latents import load_theirs, print_each, sample  # noqa: E402  (switches the host to the CPU)
 
-comfy.options.enable_args_parsing()
-import comfy.model_management  # noqa: E402
-import comfy.sample  # noqa: E402
-import comfy.sd  # noqa: E402
-import gguf  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import comfy.model_management  # noqa: E402  isort: skip
+import comfy.sd  # noqa: E402  isort: skip
+import gguf  # noqa: E402  isort: skip
+import numpy as np  # noqa: E402  isort: skip
+import torch  # noqa: E402  isort: skip
 from host import tiny_files  # noqa: E402
 from host.tiny_models import ARCHITECTURES  # noqa: E402
 from pack.loaders.diffusion import load_diffusion_model  # noqa: E402
 from pack.loaders.model_weights import of_model  # noqa: E402
 from pack.loaders.save_model import save_model  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-
-torch.set_num_threads(1)
-
-
-def sample(patcher, tiny) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(7)
-
-    def tensor(value):
-        if isinstance(value, tuple):
-            return torch.randn(value, generator=generator)
-        return torch.tensor(value) if isinstance(value, list) else value
-
-    latent, noise = torch.zeros(tiny.latent), torch.randn(tiny.latent, generator=generator)
-    context = None if tiny.context is None else tensor(tiny.context)
-    positive = [[context, {key: tensor(value) for key, value in tiny.conditioning.items()}]]
-    return comfy.sample.sample(
-        patcher, noise, 2, 1.0, "euler", "simple", positive, positive, latent, disable_pbar=True, seed=7
-    )
-
-
-def settled(patcher):
-    """Weights where torch puts them, for BLAS rounds by alignment; and in older hosts without gradients."""
-    for parameter in patcher.model.diffusion_model.parameters():
-        parameter.data = parameter.data.clone()
-        parameter.requires_grad_(False)
-    return patcher
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:
@@ -77,14 +47,14 @@ def compare(name: str, folder: Path) -> dict[str, object]:
         new = of_model(theirs)
         types = save_model(saved, new.weights, "Q4_K_M", new.architecture, metadata=new.metadata).types
         save_file(read(saved), plain, dict(tiny.metadata) or None)
-        ours, expected = load_diffusion_model(saved), settled(comfy.sd.load_diffusion_model(str(plain)))
+        ours, expected = load_diffusion_model(saved), load_theirs(plain, None)
         latents = [sample(patcher, tiny) for patcher in (ours, expected, theirs)]
     result = {
         "architecture_in_file": new.architecture,
         "families": [type(patcher.model.model_config).__name__ for patcher in (ours, expected)],
         "types": types,
         "difference": float((latents[0] - latents[1]).abs().max()),
-        "error": float((latents[0] - latents[2]).norm() / latents[2].norm()),
+        "distance": float((latents[0] - latents[2]).norm() / latents[2].norm()),
         "spread": float(latents[1].std()),
     }
     comfy.model_management.unload_all_models()
@@ -95,13 +65,4 @@ def compare(name: str, folder: Path) -> dict[str, object]:
     return result
 
 
-def main() -> None:
-    for name in NAMES:
-        try:
-            result = compare(name, Path(FOLDER))
-        except Exception:
-            result = {"failure": traceback.format_exc()}
-        print(json.dumps({"architecture": name, **result}), flush=True)
-
-
-main()
+print_each(NAMES, Path(FOLDER), compare)

@@ -7,9 +7,7 @@ FOLDER NAME...`. Prints one JSON line for each architecture.
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
-import traceback
 from functools import partial
 from pathlib import Path
 
@@ -76,13 +74,4 @@ def compare(name: str, folder: Path) -> dict[str, object]:
     return result
 
 
-def main() -> None:
-    for name in NAMES:
-        try:
-            result = compare(name, Path(FOLDER))
-        except Exception:
-            result = {"error": traceback.format_exc()}
-        print(json.dumps({"architecture": name, **result}), flush=True)
-
-
-main()
+compare_latents.print_each(NAMES, Path(FOLDER), compare)
