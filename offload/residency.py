@@ -131,7 +131,7 @@ class Residency:
             BudgetTooSmallError: not even the smallest plan fits.
             torch.OutOfMemoryError, ArenaError: the device has less than it said, even for smaller plans.
         """
-        if self._device is None or self._device.torch_device.type != device.type or self._moved_away(device):
+        if self._device is None or self._moved_away(device):
             self.leave()
             self._device = device_for(device)
             self.times = self.times or BlockTimes(len(self._blocks), device)
@@ -176,7 +176,8 @@ class Residency:
 
     def _moved_away(self, device: torch.device) -> bool:
         assert self._device is not None
-        return device.index is not None and self._device.torch_device != device
+        here = self._device.torch_device
+        return device.type != here.type or (device.index is not None and device != here)
 
     def _plan(self, terms: Terms) -> tuple[StreamPlan, str]:
         assert self._device is not None
