@@ -43,12 +43,12 @@ class BlockTimes:
             self._begin_pass()
         self._last = block
         self._read(block)
-        if self._counts[block] < PASSES:
+        if self._counts[block] < PASSES and block not in self._running:  # else the GPU is a pass behind
             self._running[block] = self._timer()
 
     def stop(self, block: int) -> None:
         timer = self._running.get(block)
-        if timer is not None:
+        if timer is not None and not timer.stopped:
             timer.stop()
 
     def complete(self) -> bool:
@@ -102,6 +102,10 @@ class _HostTimer:
         self._began = time.perf_counter()
         self._took: float | None = None
 
+    @property
+    def stopped(self) -> bool:
+        return self._took is not None
+
     def stop(self) -> None:
         self._took = time.perf_counter() - self._began
 
@@ -112,12 +116,12 @@ class _HostTimer:
 class _CudaTimer:
     def __init__(self) -> None:
         self._began, self._ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._stopped = False
+        self.stopped = False
         self._began.record()
 
     def stop(self) -> None:
         self._ended.record()
-        self._stopped = True
+        self.stopped = True
 
     def seconds(self) -> float | None:
-        return self._began.elapsed_time(self._ended) / 1e3 if self._stopped and self._ended.query() else None
+        return self._began.elapsed_time(self._ended) / 1e3 if self.stopped and self._ended.query() else None

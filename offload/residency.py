@@ -238,8 +238,8 @@ class Residency:
 
     def _take_stock(self, network: torch.nn.Module) -> None:
         """What lies outside the blocks, while everything is at home."""
-        ours = {id(slot.home) for slots in self._blocks for slot in slots}
-        others = [slot for slot in slots_of(network.modules()) if id(slot.home) not in ours]
+        ours = {owner for slot in self.inside() for owner in slot.owners}  # the host may have wrapped a weight anew
+        others = [slot for slot in slots_of(network.modules()) if ours.isdisjoint(slot.owners)]
         self._tables = [slot for slot in others if self.request.offload_embeddings and _is_table(slot)]
         self._outside = [slot for slot in others if slot not in self._tables]
         self._buffers = [(m, name, b) for m in network.modules() for name, b in m._buffers.items() if b is not None]

@@ -105,18 +105,19 @@ def test_gpu_times_are_the_kernels_and_nobody_waits() -> None:
         if hasattr(torch.cuda.get_device_properties(0), "clock_rate")
         else 1e9
     )
-    torch.cuda.synchronize()
-    try:
-        torch.cuda.set_sync_debug_mode("error")
-        for _ in range(PASSES):
-            for block, share in ((0, 0.01), (1, 0.04)):
-                times.start(block)
-                torch.cuda._sleep(int(rate * share))
-                x += 1
-                times.stop(block)
-            times.complete()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    for _ in range(PASSES):
+        torch.cuda.synchronize()
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            for _ in range(2):  # in the second pass the GPU is still at the first
+                for block, share in ((0, 0.01), (1, 0.04)):
+                    times.start(block)
+                    torch.cuda._sleep(int(rate * share))
+                    x += 1
+                    times.stop(block)
+            assert not times.complete()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
     assert times.complete()
     short, long = times.seconds()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -74,3 +76,12 @@ def test_every_dense_weight_is_a_new_one(device: str) -> None:
     one, other = bound.dense(), bound.dense()
     one.zero_()
     assert torch.equal(other, plain)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_copied_layer_binds_for_itself(device: str) -> None:
+    bound, _, bias = made(device)
+    for _ in range(2):
+        bound.linear(torch.randn(1, SHAPE[1], device=device), bias)
+    bound.dense()
+    assert copy.deepcopy({"layer": bound}) == {"layer": None}

@@ -34,6 +34,9 @@ class BoundWeight:
         self._multiply: Callable[[torch.Tensor], torch.Tensor | None] | None = None
         self._bias: torch.Tensor | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied layer binds for itself: what is bound here may be device memory that only its owner can copy."""
+
     def dense(self) -> torch.Tensor:
         """A new tensor of the weight's shape, in `dtype`."""
         if self._dense is None:

@@ -434,6 +434,24 @@ def check_host_never_waits_within_the_blocks() -> None:
 # --- several models, several budgets
 
 
+def check_copied_model_has_no_memory_of_its_own() -> None:
+    """Not of weights, nor of what layers derived from them while they ran."""
+    copied = torch.UntypedStorage.__deepcopy__
+
+    def refuse(storage: torch.UntypedStorage, memo: dict) -> torch.UntypedStorage:
+        raise AssertionError(f"{storage.nbytes()} bytes on {storage.device} would be copied")
+
+    for load in MODELS.values():
+        model = load()
+        for _ in range(2):
+            latent(model)
+        torch.UntypedStorage.__deepcopy__ = refuse
+        try:
+            streamed(model)
+        finally:
+            torch.UntypedStorage.__deepcopy__ = copied
+
+
 def check_models_in_turn() -> None:
     gguf, plain = load_diffusion_model(GGUF), plain_model()
     swapped = [streamed(gguf), streamed(gguf, vram_budget_gb=LESS), streamed(plain)]

@@ -25,7 +25,18 @@ import comfy.sd  # isort: skip
 import psutil  # isort: skip
 import torch  # isort: skip
 from host.model_checks import FOLDER, GGUF, ON_GPU, SAFETENSORS
-from host.swap_checks import BLOCKS, DIALS, MODELS, bytes_of, latent, pairs, residency_of, same_bytes, streamed
+from host.swap_checks import (
+    BLOCKS,
+    DIALS,
+    MODELS,
+    bytes_of,
+    close_to,
+    latent,
+    pairs,
+    residency_of,
+    same_bytes,
+    streamed,
+)
 from pack.loaders.diffusion import load_diffusion_model
 from pack.loaders.gguf.errors import GGUFError
 from pack.offload.device import device_for
@@ -198,7 +209,7 @@ def check_changed_file_is_an_error_and_no_crash() -> None:
             gc.collect()
             shutil.copy(GGUF if kind == "gguf" else SAFETENSORS, path)
             again = streamed(load_from(path))
-            assert torch.equal(latent(again), expected), f"{kind}: the next run"
+            assert close_to(latent(again), expected), f"{kind}: the next run"
             del again
             comfy.model_management.unload_all_models()
             gc.collect()
@@ -284,8 +295,8 @@ def check_reads_that_fail() -> None:
                 return that[1]
 
             WeightFile._read_at = failing
-            try:
-                found = latent(swapped)
+            try:  # of a model so small a GPU's source has read some steps ahead before the third read
+                found = latent(swapped, steps=2 if len(failures) == 1 else 16)
             except SourceError as error:
                 assert GGUF.name in str(error), error
                 assert "cut off" in str(error) or "check the disk" in str(error), error
