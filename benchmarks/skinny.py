@@ -3,16 +3,21 @@
     python benchmarks/skinny.py --out skinny.json
     python benchmarks/skinny.py --types Q4_K --shapes 18432x3072
     python benchmarks/skinny.py --compile --types Q4_K    (fills Triton's cache and measures nothing)
+    python benchmarks/skinny.py --types Q4_K --cuts 2,1,2,2 1,1,2,4    (tiles, segment, stages, warps: see tiling.py)
+    python benchmarks/skinny.py --vllm DIR                (DIR holds vllm_gguf_plugin/)
 
 Needs torch with CUDA, Triton and gguf. The roofline is the time in which the same run reads the quantised bytes and
 does nothing else. Times are those of CUDA graphs over weights in rotation that exceed the second-level cache. A kernel
 that does nothing takes a microsecond in such a graph; a second share, in brackets, leaves that out on both sides.
+vllm-gguf-plugin's CUDA kernel for few rows, timed beside with --vllm, rounds x to eight bits.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -20,10 +25,11 @@ import triton
 import triton.language as tl
 from dequant import Call, host_microseconds, launches_for, random_bytes, rotation, seconds_by_graph
 from pack.loaders.gguf.types import BLOCKS, GGMLType
-from pack.loaders.quant.kernels import launch, multiply
+from pack.loaders.quant.kernels import launch, multiply, tiling
 
 SHAPES = ((18432, 3072), (9216, 3072), (3072, 3072), (3072, 12288))
 ROWS = (1, 2, 4, 8)
+UNKNOWN_TO_VLLM = (GGMLType.TQ1_0, GGMLType.TQ2_0, GGMLType.MXFP4, GGMLType.NVFP4)
 
 
 @triton.jit
@@ -61,7 +67,12 @@ def compile_only(ggml_type: GGMLType, shape: tuple[int, int]) -> None:
         multiply.linear(x, data, ggml_type, shape)
 
 
-def measure(ggml_type: GGMLType, shape: tuple[int, int]) -> dict:
+def vllm_kernel(path: Path) -> Callable[[torch.Tensor, torch.Tensor, int, int], torch.Tensor]:
+    torch.ops.load_library(str(next((path / "vllm_gguf_plugin").glob("_C_gguf*.so"))))
+    return torch.ops._C_gguf.ggml_mul_mat_vec_a8
+
+
+def measure(ggml_type: GGMLType, shape: tuple[int, int], cuts: Sequence[str], rival: Callable | None) -> dict:
     layout = BLOCKS[ggml_type]
     nbytes = shape[0] * shape[1] // layout.elements * layout.nbytes
     weights = [random_bytes(nbytes) for _ in range(rotation(nbytes))]
@@ -72,6 +83,15 @@ def measure(ggml_type: GGMLType, shape: tuple[int, int]) -> dict:
         def linear(data: torch.Tensor, x=x) -> Call:
             return lambda: multiply.linear(x, data, ggml_type, shape)
 
+        def by_cut(cut: str, x=x) -> list[Call]:
+            chosen = tiling.Cut(*map(int, cut.split(",")), above=0)
+            config = dataclasses.replace(tiling.TILINGS[ggml_type], large=chosen, small=chosen)
+            return [lambda data=data: multiply.linear(x, data, ggml_type, shape, None, config) for data in weights]
+
+        def theirs(data: torch.Tensor, x=x) -> Call:
+            blocks = data.view(shape[0], -1)
+            return lambda: rival(blocks, x, int(ggml_type), shape[0])  # type: ignore[misc]
+
         def dense(data: torch.Tensor, x=x) -> Call:
             return lambda: torch.nn.functional.linear(x, launch.dequantize(data, ggml_type, shape, x.dtype))
 
@@ -80,6 +100,10 @@ def measure(ggml_type: GGMLType, shape: tuple[int, int]) -> dict:
             "us": 1e6 * seconds_by_graph([linear(data) for data in weights], launches),
             "dequantised us": 1e6 * seconds_by_graph([dense(data) for data in weights], launches),
         }
+        if rival and ggml_type not in UNKNOWN_TO_VLLM:
+            row["rows"][m]["vllm us"] = 1e6 * seconds_by_graph([theirs(data) for data in weights], launches)
+        for cut in cuts if ggml_type in tiling.TILINGS else ():
+            row["rows"][m][f"{cut} us"] = 1e6 * seconds_by_graph(by_cut(cut), launches)
     return row
 
 
@@ -100,6 +124,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--types", nargs="+", metavar="TYPE", help="names such as Q4_K; all when left out")
     parser.add_argument("--shapes", nargs="+", metavar="ROWSxCOLUMNS", help="such as 18432x3072")
+    parser.add_argument("--cuts", nargs="+", default=[], help="other cuts of tiles, each as 2,1,2,2")
+    parser.add_argument("--vllm", type=Path, help="the folder that holds vllm_gguf_plugin/")
     parser.add_argument("--compile", action="store_true", help="only compile")
     parser.add_argument("--out", type=Path, help="write all numbers here as JSON")
     args = parser.parse_args()
@@ -115,9 +141,10 @@ def main() -> None:
     empty = report["launch us"] = 1e6 * launch_seconds()
     print(f"an empty kernel: {empty:.2f} us; shares: of the roofline (of the roofline, that left out on both sides)")
     report["measured"] = []
+    rival = vllm_kernel(args.vllm) if args.vllm else None
     for shape in shapes:
         for ggml_type in chosen:
-            row = measure(ggml_type, shape)  # type: ignore[arg-type]
+            row = measure(ggml_type, shape, args.cuts, rival)  # type: ignore[arg-type]
             report["measured"].append(row)
             cells = []
             for m, times in row["rows"].items():

@@ -9,7 +9,8 @@ of x, by at most 2^-8 (bfloat16), 2^-11 (float16) or 2^-24 of it, and float16 ha
 Matrix instructions are given integers that are 128 too large, or less than 256 with the type's own zero; what that adds
 is taken off the sum of each sub-block. Such a sum is made by at most 16 additions that each err by 2^-23 (the unit cuts
 off) of 256 s |x|, and s, the step between two numbers, is at most the row's largest |w|: half of 2^-11 of that, twice
-for the two parts of a signed byte.
+for the two parts of a signed byte. In tiles the integers are too large by the zero point alone, at most 128, and each
+sum of x that a minimum is multiplied by errs by 2^-17 of it: both are within that.
 """
 
 from __future__ import annotations
@@ -37,11 +38,24 @@ with pytest.MonkeyPatch.context() as patch:
     # What @triton.jit makes of a kernel is decided when the kernel's module is imported.
     if DEVICE.type == "cpu":
         patch.setenv("TRITON_INTERPRET", "1")
-    from pack.loaders.quant.kernels import multiply
+    from pack.loaders.quant.kernels import multiply, staging, tiling
 
 # Each type by the program for matrix instructions, with a number of rows and a type of x in turn.
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 BY_MATRIX = [(t, [1, 2, 3, 8][i % 4], DTYPES[i % 3]) for i, t in enumerate(multiply.FRAGMENTS)]
+
+# By tiles, one or two of them, likewise. With few blocks and warps, for Triton's interpreter takes seconds for each.
+BY_TILES = [
+    (t, 1 + tiles, [5, 8, 7][(i + tiles) % 3], DTYPES[(i + 2 * tiles) % 3])
+    for i, t in enumerate(tiling.TILINGS)
+    for tiles in range(2)
+]
+
+
+def few_tiles(ggml_type: GGMLType, tiles: int = 1) -> tiling.Tiling:
+    segment = 1 if BLOCKS[ggml_type].elements == 256 else 2
+    return replace(tiling.TILINGS[ggml_type], small=tiling.Cut(tiles, segment, stages=2, warps=2, above=0))
+
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 quantised = pytest.mark.parametrize("ggml_type", sorted(QUANTISED), ids=lambda t: t.name)
@@ -100,14 +114,37 @@ def test_by_matrix_instructions(ggml_type, m, dtype, rng):
     check((numbers(rng, m, columns) / 256).to(dtype), ggml_type, 9, rng, multiply.FRAGMENTS[ggml_type])
 
 
-def test_a_program_that_is_wrong_is_noticed(rng):
+@pytest.mark.parametrize(("ggml_type", "tiles", "m", "dtype"), BY_TILES, ids=lambda p: getattr(p, "name", str(p)))
+def test_by_tiles(ggml_type, tiles, m, dtype, rng):
+    """Like the above; without a GPU the bytes are not copied but read where they lie."""
+    columns = 768 if BLOCKS[ggml_type].elements == 256 else 5 * 32
+    check((numbers(rng, m, columns) / 256).to(dtype), ggml_type, 9, rng, few_tiles(ggml_type, tiles))
+
+
+@pytest.mark.parametrize("align", [16, 8, 4, 2, 1])
+@pytest.mark.parametrize("ggml_type", tiling.TILINGS, ids=lambda t: t.name)
+def test_segments_fit_shared_memory_without_two_rows_in_a_bank(ggml_type, align):
+    """32 lanes read a word each at once, 16 lanes two: eight rows or four, from as many banks as there are words."""
+    by = tiling.TILINGS[ggml_type]
+    for cut in (by.large, by.small):
+        nbytes = cut.segment * BLOCKS[ggml_type].nbytes
+        pitch = tiling.pitch(nbytes, align, by.width)
+        assert pitch % 16 == 0 and pitch >= -(-(nbytes + 16 - align) // 16) * 16
+        assert pitch * 16 * cut.tiles * cut.stages * cut.warps <= staging.LIMIT
+        words = {(g * pitch // 4 + k) % 32 for g in range(32 // by.width) for k in range(by.width)}
+        assert len(words) == 32
+
+
+@pytest.mark.parametrize(
+    "right", [multiply.FRAGMENTS[GGMLType.Q4_0], few_tiles(GGMLType.Q4_0)], ids=["matrix", "tiles"]
+)
+def test_a_program_that_is_wrong_is_noticed(right, rng):
     """As one would be whose lanes hold other elements than the instruction takes them for."""
-    right = multiply.FRAGMENTS[GGMLType.Q4_0]
-    data, _ = weight(GGMLType.Q4_0, (9, 288), rng)
-    x = numbers(rng, 1, 288)
-    multiply.linear(x, data, GGMLType.Q4_0, (9, 288), None, right)
+    data, _ = weight(GGMLType.Q4_0, (9, 128), rng)
+    x = numbers(rng, 1, 128)
+    multiply.linear(x, data, GGMLType.Q4_0, (9, 128), None, right)
     with pytest.raises(multiply.WrongResultError):
-        multiply.linear(x, data, GGMLType.Q4_0, (9, 288), None, replace(right, zero=right.zero + 4))
+        multiply.linear(x, data, GGMLType.Q4_0, (9, 128), None, replace(right, zero=right.zero + 4))
 
 
 @quantised
@@ -115,17 +152,18 @@ def test_half_precision_input_of_any_rank(ggml_type, rng):
     check((numbers(rng, 2, 1, 512) / 256).to(torch.float16), ggml_type, 6, rng)  # no product overflows
 
 
-NEARER = [(ggml_type, False) for ggml_type in sorted(QUANTISED)] + [(GGMLType.Q2_K, True), (GGMLType.Q8_0, True)]
+NEARER = [(ggml_type, None) for ggml_type in sorted(QUANTISED)]
+NEARER += [(t, multiply.FRAGMENTS[t]) for t in (GGMLType.Q2_K, GGMLType.Q8_0)]
+NEARER += [(t, few_tiles(t)) for t in (GGMLType.Q4_K, GGMLType.Q8_0)]
 
 
-@pytest.mark.parametrize(("ggml_type", "by_matrix"), NEARER, ids=lambda p: getattr(p, "name", str(p)))
-def test_nearer_than_the_weight_rounded_to_bfloat16(ggml_type, by_matrix, rng):
+@pytest.mark.parametrize(("ggml_type", "config"), NEARER, ids=lambda p: getattr(p, "name", type(p).__name__))
+def test_nearer_than_the_weight_rounded_to_bfloat16(ggml_type, config, rng):
     """On random data; the types whose numbers bfloat16 holds exactly lose nothing by that rounding."""
     data, w = weight(ggml_type, (8, 512), rng)
     x = numbers(rng, 2, 512)
     want = x.double() @ w.T
     rounded = x.double() @ w.bfloat16().double().T
-    config = multiply.FRAGMENTS[ggml_type] if by_matrix else None
     error = (multiply.linear(x, data, ggml_type, (8, 512), None, config).double() - want).abs()
     if torch.equal(w.bfloat16().double(), w):
         assert ggml_type in (GGMLType.MXFP4, GGMLType.NVFP4)
@@ -179,15 +217,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from pack.loaders.gguf.types import GGMLType
-from pack.loaders.quant.kernels import matrix, multiply
+from pack.loaders.quant.kernels import matrix, multiply, tiles, tiling
 
-fragment = multiply.FRAGMENTS[GGMLType.Q4_K]
-head = fragment.places, fragment.decode, fragment.units, fragment.minus_zero
-values = *head, 144, 256, 16, 12, int(sys.argv[2]), 4, 2, False
+if sys.argv[2] == "tiles":
+    by, program = tiling.TILINGS[GGMLType.Q4_K], tiles.tiles
+    values = tiling.arguments(by, by.small, GGMLType.Q4_K, 3072, 16, False)
+else:
+    fragment, program = multiply.FRAGMENTS[GGMLType.Q4_K], matrix.matrix
+    head = fragment.places, fragment.decode, fragment.units, fragment.minus_zero
+    values = *head, 144, 256, 16, 12, int(sys.argv[2]), 4, 2, False
 kinds = ["*u8", "*bf16", "*bf16", "*bf16", "i32", "i32"] + ["constexpr"] * len(values)
 constants = {(6 + i,): value for i, value in enumerate(values)}
 aligned = {(i,): [["tt.divisibility", 16]] for i in range(4)}
-source = ASTSource(matrix.matrix, dict(zip(matrix.matrix.arg_names, kinds)), constants, aligned)
+source = ASTSource(program, dict(zip(program.arg_names, kinds)), constants, aligned)
 compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
 ir = compiled.asm["ttgir"]
 layouts = dict(re.findall(r"^(#\\w+) = (#ttg.blocked<.*>)$", ir, re.M))
@@ -197,12 +239,12 @@ print(*(layouts[name] for name in used), "mma.sync" in compiled.asm["ptx"], sep=
 """
 
 
-@pytest.mark.parametrize("m", [1, 8])
+@pytest.mark.parametrize("m", ["1", "8", "tiles"])
 def test_lanes_lie_as_the_instruction_reads_them(m):
     """Element i of a tensor of a program is lane i's. Triton decides that; it compiles without a GPU."""
     root = Path(__file__).resolve().parents[1]
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = [sys.executable, "-c", COMPILE, str(root), str(m)]
+    run = [sys.executable, "-c", COMPILE, str(root), m]
     printed = subprocess.run(run, env=env, capture_output=True, text=True, check=True).stdout.strip()
     natural = "#ttg.blocked<{sizePerThread = [1], threadsPerWarp = [32], warpsPerCTA = [4], order = [0]}>"
     assert printed == f"{natural};True"
@@ -236,3 +278,21 @@ def test_a_layer_of_a_model(ggml_type, dtype, rng):
     """Twice, for the kept kernel's own path."""
     for m in (1, 2, 2, 7):
         check(numbers(rng, m, 3072).to(dtype), ggml_type, 6147, rng)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("ggml_type", tiling.TILINGS, ids=lambda t: t.name)
+@pytest.mark.parametrize("offset", [0, 2, 8])
+@pytest.mark.parametrize("columns", [3072, 2816, 256])
+def test_tiles_of_rows_that_begin_anywhere(ggml_type, offset, columns, rng):
+    """Rows that end within a segment or a step, and bytes before and after them that are no numbers."""
+    by = tiling.TILINGS[ggml_type]
+    data, w = weight(ggml_type, (83, columns), rng)
+    buffer = torch.full((data.numel() + 64,), 0xFF, dtype=torch.uint8, device=DEVICE)
+    moved = buffer[32 + offset : 32 + offset + data.numel()]
+    moved.copy_(data)
+    x = numbers(rng, 8, columns)
+    bound = (x.double().abs() @ w.abs().T).amax() * 2.0**-10
+    for config in (by, replace(by, small=by.large)):
+        y = multiply.linear(x, moved, ggml_type, (83, columns), None, config)
+        assert ((y.double() - x.double() @ w.T).abs() <= bound).all()

@@ -13,7 +13,7 @@ are taken of x: `places` gives the first element of each run.
 `runs` has two words for each run: bytes 0 and 2 and bytes 1 and 3 of a four-byte word of quants, each pair as two
 bfloat16. A bfloat16 of exponent 2^7 has a mantissa of 7 bits, 128 + q for any q < 128: `magic` puts the exponents of
 both in as the fields are masked out. What must be taken off again, 128 and the type's own zero point, is the same for
-all elements and is taken off the sum (the constant that stands beside the type in launch.py). Types of eight bits have
+all elements and is taken off the sum (the constant that stands beside the type in quads.py). Types of eight bits have
 `signs`, a second pair of bfloat16 for each of the first: -128 or, for a negative number, -256, which two's complement
 makes of 128 + the low seven bits the number itself.
 The others are as in programs.py [Note: Decoders], for one or two sub-blocks (Q2_K, Q3_K: four) of as many runs each.

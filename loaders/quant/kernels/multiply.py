@@ -1,8 +1,9 @@
-"""Multiply a few rows by a quantised weight: which of the two programs does it, how it is cut up, and a bound call.
+"""Multiply a few rows by a quantised weight: which of the three programs does it, how it is cut up, and a bound call.
 
 matrix.py is taken wherever its instruction is: on NVIDIA's GPUs from compute capability 8.0 on, for the types that
-fragments.py knows, x at an address that is a multiple of 16. programs.py has a program for everything else. What both
-reach and what binds them is in benchmarks/results/skinny_sweep_h200.txt.
+fragments.py knows, x at an address that is a multiple of 16. For more rows tiles.py would be, for types of tiling.USED;
+who gives a `config` gets it for any type that tiling.py knows. programs.py has a program for everything else. What they
+reach and what binds them is in benchmarks/results/skinny_sweep_h200.txt and skinny_tiles_h200.txt.
 """
 
 from __future__ import annotations
@@ -18,63 +19,15 @@ import torch
 import triton
 
 from ...gguf.types import BLOCKS, GGMLType
-from . import fragments, kept, matrix, programs
+from . import kept, matrix, programs, tiles
 from .launch import KERNELS, Kernel, alignment, checked_blocks, decoder, dequantize
+from .quads import FRAGMENTS, Fragment
+from .tiling import TILINGS, USED, Tiling, arguments
 
 log = logging.getLogger("sluice.quant")
 
 SKINNY_ROWS = 8  # rows of x that `linear` takes; `few` says up to how many it is worth it
 MANY_ROWS = 6144  # rows of a weight from which on programs that make more of them still fill a GPU
-
-Cut = tuple[int, int]  # warps of a program, units that a quad takes at once
-
-
-@dataclass(frozen=True, eq=False)  # compared and hashed by identity, at no cost
-class Fragment:
-    """How a type is given to matrix instructions: see fragments.py.
-
-    Attributes:
-        places, decode: what matrix.py calls.
-        units: units of a block.
-        zero: what the decoded integers are too large by, at most 255.
-        cuts: configurations measured on an H200, for 1, 2, up to 4 and up to 8 rows of x; None: programs.py is faster.
-        few: rows of x up to which to multiply is faster than to dequantise and call cuBLAS.
-    """
-
-    places: Any
-    decode: Any
-    units: int
-    zero: int
-    cuts: tuple[Cut | None, Cut | None, Cut | None, Cut | None]
-    few: int = 8
-
-    @property
-    def minus_zero(self) -> int:
-        """Two bfloat16 of -zero in a signed word."""
-        half = int(torch.tensor(-self.zero, dtype=torch.bfloat16).view(torch.int16))
-        return (half << 16) | (half & 0xFFFF)
-
-
-_nibbles, _bytes, _quarters, _sixteenths, _halves = (
-    fragments.nibbles_16,
-    fragments.bytes_32,
-    fragments.quarters_32,
-    fragments.sixteenths,
-    fragments.bytes_128,
-)
-
-FRAGMENTS: dict[GGMLType, Fragment] = {
-    GGMLType.Q4_0: Fragment(_nibbles, fragments.q4_0, 1, 128 + 8, ((1, 4), (4, 2), (8, 1), (4, 2))),
-    GGMLType.Q4_1: Fragment(_nibbles, fragments.q4_1, 1, 128, ((1, 4), (4, 2), (8, 1), (4, 2))),
-    GGMLType.Q5_0: Fragment(_nibbles, fragments.q5_0, 1, 128 + 16, (None, (4, 2), (4, 2), (4, 2)), few=4),
-    GGMLType.Q5_1: Fragment(_nibbles, fragments.q5_1, 1, 128, (None, (4, 2), (4, 2), (4, 2)), few=4),
-    GGMLType.Q8_0: Fragment(_bytes, fragments.q8_0, 1, 0, (None, None, (8, 1), (8, 1))),
-    GGMLType.Q2_K: Fragment(_quarters, fragments.q2_k, 4, 128, (None, (4, 3), (4, 2), (4, 2))),
-    GGMLType.Q3_K: Fragment(_quarters, fragments.q3_k, 4, 128 + 4, (None, (4, 3), (4, 2), (4, 3))),
-    GGMLType.Q4_K: Fragment(_halves, fragments.q4_k, 2, 128, ((1, 3), (2, 1), (4, 1), (4, 2))),
-    GGMLType.Q5_K: Fragment(_halves, fragments.q5_k, 2, 128, ((1, 3), (2, 1), (4, 3), (4, 2))),
-    GGMLType.Q6_K: Fragment(_sixteenths, fragments.q6_k, 8, 128 + 32, ((2, 2), (4, 2), (4, 2), None)),
-}
 
 INTERPRETED = not isinstance(matrix.matrix, triton.runtime.JITFunction)
 
@@ -82,8 +35,9 @@ INTERPRETED = not isinstance(matrix.matrix, triton.runtime.JITFunction)
 # and a test looks again; where nobody has looked, programs.py does without the instruction.
 LANES_KNOWN = triton.__version__.split(".")[:2] in [["3", str(n)] for n in range(6, 10)]
 
-_failures: dict[GGMLType, str] = {}  # types whose matrix program does not work here -> why; the other one serves them
-_right: set[tuple] = set()  # variants of the matrix program whose first result was looked at
+# Programs with matrix instructions that do not work here for a type -> why; others serve it.
+_failures: dict[tuple[Any, GGMLType], str] = {}
+_right: set[tuple] = set()  # variants of programs with matrix instructions whose first result was looked at
 _CHECKED_ROWS = 64  # of the weight: all programs do the same, so more of them tell no more
 
 
@@ -95,7 +49,15 @@ def has_matrix_instruction(device: torch.device) -> bool:
 
 
 def by_matrix(ggml_type: GGMLType, device: torch.device) -> bool:
-    return ggml_type in FRAGMENTS and ggml_type not in _failures and has_matrix_instruction(device)
+    return ggml_type in FRAGMENTS and (matrix.matrix, ggml_type) not in _failures and has_matrix_instruction(device)
+
+
+def tiling(ggml_type: GGMLType, device: torch.device, rows: int, m: int) -> Tiling | None:
+    """How `m` rows of x are multiplied in tiles by a weight of `rows` rows, where that is faster."""
+    known = TILINGS.get(ggml_type) if ggml_type in USED else None
+    if known is None or (tiles.tiles, ggml_type) in _failures or not has_matrix_instruction(device):
+        return None
+    return known if m > (known.large if rows >= MANY_ROWS else known.small).above else None
 
 
 def few(ggml_type: GGMLType, device: torch.device) -> int:
@@ -117,15 +79,25 @@ class Launch:
 def planned(
     ggml_type: GGMLType, shape: Sequence[int], data: torch.Tensor, x: torch.Tensor, m: int, config: Any = None
 ) -> Launch:
-    """How `m` rows of `x` are multiplied; `config`: a Kernel or a Fragment other than the table's, to measure it."""
+    """How `m` rows of `x` are multiplied; `config`: a Kernel, Fragment or Tiling other than the table's, to measure."""
     rows, columns = shape
     layout = BLOCKS[ggml_type]
     source = alignment(data.data_ptr())
     aligned = x.data_ptr() % 16 == 0
     padded = 1 << (m - 1).bit_length()
     step = padded.bit_length() - 1
-    if config is None and aligned and by_matrix(ggml_type, x.device) and FRAGMENTS[ggml_type].cuts[step]:
-        config = FRAGMENTS[ggml_type]
+    if config is None and aligned:
+        config = tiling(ggml_type, x.device, rows, m)
+        if config is None and by_matrix(ggml_type, x.device) and FRAGMENTS[ggml_type].cuts[step]:
+            config = FRAGMENTS[ggml_type]
+    if isinstance(config, Tiling):
+        cut = config.large if rows >= MANY_ROWS else config.small
+
+        def tiled() -> tuple:
+            return arguments(config, cut, ggml_type, columns, source, INTERPRETED)
+
+        variant: tuple = (tiles.tiles, config, cut, columns, source)
+        return Launch(tiles.tiles, -(-rows // (16 * cut.tiles)), cut.warps, variant, tiled)
     if isinstance(config, Fragment):
         warps, unroll = config.cuts[step] or (4, 2)
 
@@ -134,7 +106,7 @@ def planned(
             lies = layout.nbytes, layout.elements, gcd(layout.nbytes, source), columns // layout.elements
             return (*head, *lies, padded, warps, unroll, INTERPRETED)
 
-        variant: tuple = (matrix.matrix, config, columns, padded, source)
+        variant = (matrix.matrix, config, columns, padded, source)
         return Launch(matrix.matrix, -(-rows // (2 * padded)), warps, variant, fragment)
     kernel: Kernel = config or KERNELS[ggml_type]
     per_program = kernel.skinny_rows if rows >= MANY_ROWS else max(1, kernel.skinny_rows // 2)
@@ -153,7 +125,7 @@ def linear(
     ggml_type: GGMLType,
     shape: Sequence[int],
     bias: torch.Tensor | None = None,
-    config: Kernel | Fragment | None = None,
+    config: Kernel | Fragment | Tiling | None = None,
 ) -> torch.Tensor:
     """`x W^T + bias` for at most SKINNY_ROWS rows of `x`, reading the quantised bytes of W once and nothing else of it.
 
@@ -186,17 +158,18 @@ def linear(
     data, x = data.contiguous(), x.contiguous()
     bias = None if bias is None else bias.contiguous()
     launch = planned(ggml_type, shape, data, x, m, config)
+    instructed = launch.program is not programs.skinny
     try:
         start(launch, data, x, bias, out, rows, m)
-        if launch.program is matrix.matrix and (launch.variant, x.dtype) not in _right:
+        if instructed and (launch.variant, x.dtype) not in _right:
             _look_at(out, x, data, ggml_type, shape, bias)
             _right.add((launch.variant, x.dtype))
     except Exception as error:
-        if launch.program is not matrix.matrix or config is not None or isinstance(error, torch.OutOfMemoryError):
+        if not instructed or config is not None or isinstance(error, torch.OutOfMemoryError):
             raise
-        _failures[ggml_type] = f"{type(error).__name__}: {error}"
-        log.warning("matrix instructions do not work for %s, ordinary ones take over: %s", ggml_type.name, error)
-        start(planned(ggml_type, shape, data, x, m), data, x, bias, out, rows, m)
+        _failures[launch.program, ggml_type] = f"{type(error).__name__}: {error}"
+        log.warning("matrix instructions do not work for %s, other programs take over: %s", ggml_type.name, error)
+        return linear(x, data, ggml_type, shape, bias)
     return out
 
 
