@@ -54,6 +54,24 @@ def sdxl() -> Shapes:
     )  # fmt: skip
 
 
+def t5_xxl() -> Shapes:
+    """The encoder of T5-XXL, as the host configures it."""
+    return _t5("t5_config_xxl.json")
+
+
+def t5_base() -> Shapes:
+    return _t5("t5_config_base.json")
+
+
+def _t5(config: str) -> Shapes:
+    import json
+
+    import comfy.text_encoders.t5 as t5
+
+    sizes = json.loads(Path(t5.__file__).with_name(config).read_text(encoding="utf-8"))
+    return _keys(t5.T5, config_dict=sizes)
+
+
 def _keys(network: type, **sizes: object) -> Shapes:
     import comfy.ops
     import torch

@@ -1,6 +1,9 @@
-"""LoRAs on a FLUX-shaped model on a GPU: time to the first step with one, cost of a step, VRAM; core on bf16 beside.
+"""LoRAs on a FLUX-shaped model on a GPU: time to the first step with one, cost of a step, VRAM; and others' beside.
 
-    python benchmarks/lora_step.py --work DIR --out results/lora_step.json [--kinds q4_k q8_0 bf16] [--quick]
+    python benchmarks/lora_step.py --work DIR --out results/lora_step.json [--quick] [CASE ...]
+
+A case is FILE:LOADER: q4_k:sluice (this pack), bf16:native (core's loader and core's LoRAs), q4_k:NODE@FOLDER (the
+loader node of the pack in FOLDER, with core's LoRAs, which is how such packs are used).
 
 DIR holds flux_step.py's checkpoints and is given what is missing. The adapters have random numbers for every matrix of
 the double and single blocks, bfloat16, 0.15 GB at rank 16. All cases of a checkpoint run in one process, one after the
@@ -12,8 +15,8 @@ other, each between runs without any LoRA:
     vram       bytes allocated on the device while sampling beyond those without, and those of the adapters
 
 `auto`, `runtime` and `merge` are the node's modes; `core` is ComfyUI's own arithmetic at each use of the weight (the
-way of every adapter that is no plain LoRA), or, for bf16, ComfyUI's own LoRA loader, which writes into the weights.
-Then each way of adding a LoRA to a dense weight, alone: GB/s and the time for all weights of the model.
+way of every adapter that is no plain LoRA), or, with another loader, ComfyUI's own LoRA node, which writes into plain
+weights. Then each way of adding a LoRA to a dense weight, alone: the time for all weights of the blocks.
 """
 
 from __future__ import annotations
@@ -38,8 +41,11 @@ CASES = [
     *((64, 1, way) for way in ("runtime", "merge", "core")),
     *((16, 4, "auto"), (64, 4, "auto"), (16, 8, "auto"), (64, 8, "auto"), (16, 4, "core")),
 ]
-CONFIGURATIONS = ((32, 4), (64, 4), (64, 8), (128, 8), (128, 16))
-CORE_CASES = [(64, 1, "core"), (64, 4, "core")]
+# Rows, lanes, warps, registers and programs to a processor of the kernel.
+CUTS = ((64, 8, 4, 128, 4), (64, 8, 4, None, 3), (64, 8, 4, 128, 8), (64, 16, 4, None, 2), (128, 8, 8, 128, 2))
+QUICK = 4  # cases
+THEIR_CASES = [(64, 1, "core"), (16, 1, "core"), (128, 1, "core"), (16, 4, "core"), (64, 4, "core"), (64, 8, "core")]
+DEFAULT_CASES = ("q4_k:sluice", "q8_0:sluice", "bf16:native")
 
 
 def shapes(side: dict[str, Any]) -> dict[str, tuple[int, int]]:
@@ -64,18 +70,18 @@ def write_adapter(path: Path, weights: dict[str, tuple[int, int]], rank: int) ->
     save_file(tensors, path)
 
 
-def worker(kind: str, folder: Path, quick: bool) -> dict:
+def worker(named: str, folder: Path, quick: bool) -> dict:
     flux_step.start_host(dynamic=False)
     flux_step.STEPS = 5
     import comfy.sample
     import comfy.sd
     import torch
 
-    path = flux_step.checkpoint(folder, kind)
-    ours = kind != "bf16"
-    load = flux_step.pack_loader("sluice", path) if ours else comfy.sd.load_diffusion_model
-    pack = next((n for n in sys.modules if n.endswith("loaders.patch_at_use")), "").removesuffix("loaders.patch_at_use")
+    kind, _, loader = named.partition(":")
+    path, ours = flux_step.checkpoint(folder, kind), loader == "sluice"
+    load = comfy.sd.load_diffusion_model if loader == "native" else flux_step.pack_loader(loader, path)
     model = load(str(path))
+    pack = next((n for n in sys.modules if n.endswith("loaders.patch_at_use")), "").removesuffix("loaders.patch_at_use")
     weights = shapes(dict(model.model.diffusion_model.named_parameters()))
     for rank in RANKS:
         if not (folder / f"lora_{rank}.safetensors").exists():
@@ -107,7 +113,7 @@ def worker(kind: str, folder: Path, quick: bool) -> dict:
     first, step, _ = sample(model)
     result["without"] = {"first_s": first, "step_ms": step, "small_step_ms": sample(model, 32)[1], "cold": small[1]}
     reference = None
-    for rank, count, way in (CASES if ours else CORE_CASES)[: 4 if quick else None]:
+    for rank, count, way in (CASES if ours else THEIR_CASES)[: QUICK if quick else None]:
         before_first, before_step, _ = sample(model)
         _, before_small, _ = sample(model, 32)
         torch.cuda.reset_peak_memory_stats()
@@ -136,8 +142,8 @@ def worker(kind: str, folder: Path, quick: bool) -> dict:
         sample(model, 32)
         case["vram_after_mb"] = (torch.cuda.memory_allocated() - before_memory) / 1e6
         result["cases"].append(case)
-        print(kind, json.dumps(case), flush=True)
-    if ours:
+        print(named, json.dumps(case), flush=True)
+    if ours and not quick:
         result["alone"] = alone(pack, model, weights)
     return result
 
@@ -187,20 +193,20 @@ def alone(pack: str, model: Any, weights: dict[str, tuple[int, int]]) -> list[di
         def addmm(weight: Any, shape: tuple, factors: Any = factors) -> Any:
             return factors[shape].fold(plain(weight, shape))
 
-        def fused(weight: Any, shape: tuple, size: int, warps: int, factors: Any = factors) -> Any:
+        def fused(weight: Any, shape: tuple, cut: tuple, factors: Any = factors) -> Any:
             found, ggml_type = factors[shape], weight._params.ggml_type
             out = torch.empty(shape, dtype=torch.bfloat16, device=device)
-            return folded.dequantize(weight._qdata, ggml_type, found.a, found.parts[0].b, out, size, warps)
+            return folded.dequantize(weight._qdata, ggml_type, found.a, found.parts[0].b, out, folded.Cut(*cut))
 
         rows.append({"way": "addmm", "rank": rank, "ms": total(addmm)})
-        for size, warps in CONFIGURATIONS:
-            row: dict[str, Any] = {"way": f"fused, {size} rows, {warps} warps", "rank": rank}
+        for cut in CUTS:
+            row: dict[str, Any] = {"way": f"fused, {folded.Cut(*cut)}", "rank": rank}
             try:
-                row["ms"] = total(partial(fused, size=size, warps=warps))
+                row["ms"] = total(partial(fused, cut=cut))
             except Exception as error:  # a configuration that this GPU cannot run
                 row["failed"] = str(error)[:200]
             rows.append(row)
-        print(json.dumps(rows[-len(CONFIGURATIONS) - 1 :]), flush=True)
+        print(json.dumps(rows[-len(CUTS) - 1 :]), flush=True)
     return rows
 
 
@@ -208,26 +214,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoints")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--kinds", nargs="*", default=["q4_k", "q8_0", "bf16"])
+    parser.add_argument("cases", nargs="*", default=DEFAULT_CASES)
     parser.add_argument("--quick", action="store_true", help="the first cases only")
     parser.add_argument("--role", choices=("worker",), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.role:
-        result = worker(args.kinds[0], args.work, args.quick)
+        result = worker(args.cases[0], args.work, args.quick)
         args.out.write_text(json.dumps(result), encoding="utf-8")
         return
     args.work.mkdir(parents=True, exist_ok=True)
-    missing = [kind for kind in args.kinds if not flux_step.checkpoint(args.work, kind).exists()]
+    kinds = {case.partition(":")[0] for case in args.cases}
+    missing = [kind for kind in kinds if not flux_step.checkpoint(args.work, kind).exists()]
     if missing:
         flux_step.run_self(["--role", "make", "--work", str(args.work), "--out", "-", *missing])
     report: dict[str, Any] = {"hardware": flux_step.hardware(), "command": " ".join(sys.argv), "results": {}}
-    for kind in args.kinds:
+    for case in args.cases:
         answer = args.work / "answer.json"
         answer.unlink(missing_ok=True)
         command = [sys.executable, str(HERE), "--role", "worker", "--work", str(args.work), "--out", str(answer)]
-        subprocess.run([*command, "--kinds", kind, *(["--quick"] if args.quick else [])], check=False)
+        subprocess.run([*command, *(["--quick"] if args.quick else []), case], check=False)
         if answer.exists():
-            report["results"][kind] = json.loads(answer.read_text(encoding="utf-8"))
+            report["results"][case] = json.loads(answer.read_text(encoding="utf-8"))
         args.out.write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 

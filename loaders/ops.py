@@ -18,6 +18,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
 from . import compat
+from .low_rank import FoldedWeight
 from .patch_at_use import LowRankAtUse
 from .quant import dispatch, reference
 from .quant.bound import BoundWeight
@@ -46,6 +47,7 @@ class MappedLayer(torch.nn.Module):
         self._home: dict[str, torch.nn.Parameter] = {}
         self._away: dict[str, torch.nn.Parameter] = {}
         self._bound: BoundWeight | None = None
+        self._folded_weight: FoldedWeight | None = None
         self._last: Callable[[], Any] = lambda: None  # a weak reference to the last weight
         super().__init__(*args, device="meta", **kwargs)
 
@@ -105,19 +107,20 @@ class MappedLayer(torch.nn.Module):
         self._away.pop(name, None)
 
     def forget_bound(self) -> None:
-        """Let go of the call that is bound to the weight."""
-        self._bound = None
+        """Let go of the calls that are bound to the weight."""
+        self._bound = self._folded_weight = None
 
     def _moved(self, name: str, parameter: torch.nn.Parameter, fn: Any) -> torch.nn.Parameter:
         home = self._home.get(name)
         at_home = home is not None and _same_memory(home, parameter)
-        if home is not None and (at_home or parameter is self._away.get(name)):
+        known = at_home or parameter is self._away.get(name)
+        if home is not None and known:
             probe = fn(torch.empty(0, dtype=parameter.dtype, device=parameter.device))
             if probe.device == home.device and probe.dtype == home.dtype:
                 self._away.pop(name, None)
                 return home
         moved = torch.nn.Parameter(self._as_used(name, fn(parameter), parameter.device), requires_grad=False)
-        if at_home:
+        if known:  # also where the host moves it to the device that it is on
             self._away[name] = moved
         return moved
 
@@ -221,7 +224,7 @@ class MappedLinear(MappedLayer):
         if not adapters:
             return self._product(input, weight, bias)
         rows, device = input.numel() // input.shape[-1], input.device
-        beside = [a for a in adapters if a.runs_beside(rows, device)]
+        beside = [a for a in adapters if a.runs_beside(rows, weight, device)]
         if len(beside) < len(adapters):
             weight = self._folded(input, weight, [a for a in adapters if a not in beside])
         result = self._product(input, weight, bias)
@@ -239,8 +242,10 @@ class MappedLinear(MappedLayer):
             plain = self._in_scratch(input, weight._qdata, weight._params)
         else:
             first, *adapters = adapters
-            params, factors = weight._params, first.factors(input.device)
-            plain = factors.folded_into(weight._qdata, params.ggml_type, params.orig_shape, input.dtype)
+            factors, folded = first.factors(input.device), self._folded_weight
+            if folded is None or not folded.is_of(weight, factors, input.dtype):
+                folded = self._folded_weight = FoldedWeight(weight, factors, input.dtype)
+            plain = folded.dense(weight, factors)
         for adapter in adapters:
             plain = adapter(plain)
         return plain

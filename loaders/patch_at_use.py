@@ -34,6 +34,7 @@ class PatchAtUse:
         self.key = key
         self.patches = patches
         self.originals = originals
+        self.stays_home = False  # `move_to` makes no copies: they come and go otherwise
         self._moved: dict[torch.device, Any] = {}
 
     def __call__(self, weight: torch.Tensor) -> torch.Tensor:
@@ -61,6 +62,8 @@ class PatchAtUse:
             self._moved = {}
             return freed
         if device not in self._moved:
+            if self.stays_home:
+                return 0
             self._moved[device] = self._copy(device)
         return self.nbytes
 
@@ -96,10 +99,10 @@ class LowRankAtUse(PatchAtUse):
             return self._by_host(self.patches, weight)
         return self.factors(weight.device).fold(weight)
 
-    def runs_beside(self, x_rows: int, device: torch.device) -> bool:
-        """Whether a Linear adds the adapters' product to its own; else it calls this with its dense weight."""
+    def runs_beside(self, x_rows: int, weight: Any, device: torch.device) -> bool:
+        """Whether a Linear adds the adapters' product to its own; else they go into its dense weight."""
         if self.way == "auto":
-            return device.type != "cpu" and low_rank.beside_is_cheaper(x_rows, self.shape)
+            return device.type != "cpu" and self.factors(device).run_beside(x_rows, weight, self.shape)
         return self.way == "runtime"
 
     def factors(self, device: torch.device) -> low_rank.Factors:
@@ -109,6 +112,27 @@ class LowRankAtUse(PatchAtUse):
     @property
     def nbytes(self) -> int:
         return low_rank.nbytes(self.adapters, self.dtype)
+
+    # --- to stream them with the block that uses them
+
+    @property
+    def packed_bytes(self) -> int:
+        return low_rank.packed_bytes(self.adapters, self.dtype)
+
+    def pack(self, memory: torch.Tensor) -> None:
+        """Write the factors, as a device will have them, into host memory (uint8, `packed_bytes` long)."""
+        low_rank.Factors.in_memory(self.adapters, self.dtype, memory, fill=True)
+
+    def over(self, memory: torch.Tensor) -> low_rank.Factors:
+        """The factors that were packed, over those bytes on a device."""
+        return low_rank.Factors.in_memory(self.adapters, self.dtype, memory)
+
+    def lend(self, device: torch.device, factors: low_rank.Factors | None) -> low_rank.Factors | None:
+        """From now on use these on `device`, or none; what was used there before."""
+        before = self._moved.pop(device, None)
+        if factors is not None:
+            self._moved[device] = factors
+        return before
 
     def _copy(self, device: torch.device) -> low_rank.Factors:
         return low_rank.Factors(self.adapters, device, self.dtype)

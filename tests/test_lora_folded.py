@@ -49,7 +49,7 @@ def test_most_types_fit() -> None:
 
 @pytest.mark.parametrize("ggml_type", TYPES, ids=lambda t: t.name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("rows", "rank"), [(16, 16), (21, 5)])
+@pytest.mark.parametrize(("rows", "rank"), [(64, 16), (80, 5)])
 def test_equals_the_reference_with_the_product(ggml_type, dtype, rows, rank) -> None:
     columns = 512
     data = weight(ggml_type, rows, columns)
@@ -59,7 +59,7 @@ def test_equals_the_reference_with_the_product(ggml_type, dtype, rows, rank) -> 
     plain = reference.dequantize(data, ggml_type, (rows, columns), torch.float32).double()
     exact = plain + b.double() @ a.double()
     out = torch.full((rows + 2, columns), 7.0, dtype=dtype, device=DEVICE)
-    got = folded.dequantize(data.to(DEVICE), ggml_type, a.to(DEVICE), b.to(DEVICE), out[1:-1], rows=16, warps=4)
+    got = folded.dequantize(data.to(DEVICE), ggml_type, a.to(DEVICE), b.to(DEVICE), out[1:-1])
     assert (out[0] == 7).all() and (out[-1] == 7).all(), "wrote past its rows"
     # One rounding to the output's dtype, and float32 sums of `rank` products.
     bound = torch.finfo(dtype).eps / 2 * exact.abs() + 2**-20 * (b.double().abs() @ a.double().abs() + plain.abs())
@@ -91,3 +91,44 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     )
     with pytest.raises(ValueError, match="do not fit"):
         folded.dequantize(data, GGMLType.Q8_0, a, b, out)
+
+
+@pytest.mark.parametrize(
+    "cut", [folded.Cut(rows=16, warps=1), folded.Cut(rows=32, lanes=16, warps=2, programs=1)], ids=str
+)
+@pytest.mark.parametrize("ggml_type", [GGMLType.Q4_K, GGMLType.Q6_K, GGMLType.Q8_0], ids=lambda t: t.name)
+def test_the_cut_changes_nothing(ggml_type, cut) -> None:
+    rows, columns, rank = 70, 512, 24
+    data, generator = weight(ggml_type, rows, columns).to(DEVICE), torch.Generator().manual_seed(1)
+    a, b = (torch.randn(shape, generator=generator).half().to(DEVICE) for shape in ((rank, columns), (rows, rank)))
+    expected, got = (torch.empty(rows, columns, dtype=torch.float16, device=DEVICE) for _ in range(2))
+    folded.dequantize(data, ggml_type, a, b, expected)
+    folded.dequantize(data, ggml_type, a, b, got, cut)
+    # The sums of a product are taken in the order of its columns whatever the cut; only their number at a time differs.
+    assert torch.allclose(got, expected, rtol=2**-10, atol=2**-10)
+
+
+@pytest.mark.parametrize(("tiles", "programs"), [(1, 1), (5, 2), (48, 22), (336, 22), (7, 100)])
+def test_programs_share_the_tiles(tiles: int, programs: int) -> None:
+    step = folded._step(tiles, programs)
+    most, fewest = -(-tiles // step), tiles // step
+    assert 1 <= step <= min(tiles, programs)
+    assert most - fewest <= 1
+    assert most == -(-tiles // programs), "fewer programs and more for each"
+
+
+def test_bound_gives_the_same_bits() -> None:
+    """On a GPU; elsewhere nothing is bound."""
+    rows, columns = 80, 512
+    data, generator = weight(GGMLType.Q4_K, rows, columns).to(DEVICE), torch.Generator().manual_seed(1)
+    products = []
+    for start, stop, rank in ((0, 32, 8), (32, 64, 16)):
+        a, b = (torch.randn(shape, generator=generator).half() for shape in ((rank, columns), (stop - start, rank)))
+        products.append((slice(start, stop), a.to(DEVICE), b.to(DEVICE)))
+    call = folded.bind(data, GGMLType.Q4_K, (rows, columns), products)
+    assert (call is None) == (DEVICE.type != "cuda")
+    if call is not None:
+        expected = folded.dequantize_rows(data, GGMLType.Q4_K, (rows, columns), products)
+        assert torch.equal(call(), expected)
+        products[0][1].zero_()  # it uses the tensors and no copies of them
+        assert not torch.equal(call(), expected)

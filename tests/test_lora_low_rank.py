@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
-from pack.loaders.low_rank import Adapter, Factors, beside_is_cheaper, nbytes
+from pack.loaders.gguf.types import GGMLType
+from pack.loaders.low_rank import ALIGN, Adapter, Factors, FoldedWeight, nbytes, packed_bytes
+from pack.loaders.quant.layout import quantized
 
 CPU = torch.device("cpu")
 N, K, ROWS = 48, 40, 7
@@ -63,6 +68,20 @@ def test_factors_take_no_more_than_the_adapters(kind: str) -> None:
         assert nbytes(found, dtype) == sum(a.up.numel() + a.down.numel() for a in found) * dtype.itemsize
 
 
+@each_kind
+def test_factors_in_one_piece_of_memory_are_the_same(kind: str) -> None:
+    found = adapters(kind)
+    for dtype in (torch.bfloat16, torch.float32):
+        expected = Factors(found, CPU, dtype)
+        memory = torch.zeros(packed_bytes(found, dtype), dtype=torch.uint8)
+        Factors.in_memory(found, dtype, memory, fill=True)
+        over = Factors.in_memory(found, dtype, memory.clone())
+        assert torch.equal(over.a, expected.a)
+        assert [part.rows for part in over.parts] == [part.rows for part in expected.parts]
+        assert all(torch.equal(one.b, other.b) for one, other in zip(over.parts, expected.parts, strict=True))
+        assert nbytes(found, dtype) <= len(memory) < nbytes(found, dtype) + ALIGN * (1 + len(over.parts))
+
+
 def test_factors_in_bfloat16_round_the_scaled_factor_once() -> None:
     (found,) = adapters("one")
     scaled = Factors([Adapter(found.up, found.down, 0.3)], CPU, torch.bfloat16)
@@ -103,4 +122,29 @@ def test_the_adapters_themselves_stay_as_they_are() -> None:
 
 @pytest.mark.parametrize(("shape", "crossing"), [((3072, 3072), 1536), ((21504, 3072), 2688), ((3072, 15360), 2560)])
 def test_the_way_changes_where_the_operations_are_equal(shape: tuple[int, int], crossing: int) -> None:
-    assert beside_is_cheaper(crossing - 1, shape) and not beside_is_cheaper(crossing, shape)
+    """Where no kernel adds the product while it makes the weight, as on a CPU."""
+    factors = Factors([Adapter(torch.zeros(shape[0], 1), torch.zeros(1, shape[1]), 1.0)], CPU, torch.float32)
+    weight = torch.empty(shape, device="meta")
+    assert factors.run_beside(crossing - 1, weight, shape) and not factors.run_beside(crossing, weight, shape)
+
+
+def test_a_folded_weight_is_that_of_its_weight_and_factors() -> None:
+    shape = (N, 64)
+    data = torch.randint(0, 100, (N * 2 * 34,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    weight, other = (torch.nn.Parameter(quantized(data, GGMLType.Q8_0, shape), requires_grad=False) for _ in range(2))
+    factors, more = (
+        Factors([Adapter(random(N, 2, seed=i), random(2, 64, seed=3), 1.0)], CPU, torch.float32) for i in (1, 2)
+    )
+    folded = FoldedWeight(weight, factors, torch.float32)
+    assert folded.is_of(weight, factors, torch.float32)
+    assert not folded.is_of(other, factors, torch.float32)
+    assert not folded.is_of(weight, more, torch.float32)
+    assert not folded.is_of(weight, factors, torch.float16)
+    expected = factors.fold(weight.dequantize().clone())
+    for _ in range(3):
+        assert torch.equal(folded.dense(weight, factors), expected)
+    kept = weakref.ref(factors)
+    del factors
+    gc.collect()
+    assert kept() is None, "it keeps the factors alive"
+    assert not folded.is_of(weight, more, torch.float32)

@@ -28,6 +28,7 @@ from . import reference
 log = logging.getLogger("sluice.quant")
 
 Weight = Callable[[], torch.Tensor]
+Product = tuple[slice, torch.Tensor, torch.Tensor]  # rows, a [R, columns], b [rows, R]
 
 TRITON_DEVICES = frozenset({"cuda", "xpu"})  # ROCm calls itself cuda
 
@@ -146,22 +147,45 @@ def dequantize_with_products(
     data: torch.Tensor,
     ggml_type: GGMLType,
     shape: Sequence[int],
-    products: Sequence[tuple[slice, torch.Tensor, torch.Tensor]],
+    products: Sequence[Product],
 ) -> torch.Tensor | None:
     """`dequantize` with b a added to some rows before the one rounding, where there is a kernel for that; else None.
 
     Args:
         products: (rows, a [R, columns], b [rows, R]) in the dtype of the result; their rows do not overlap.
     """
-    kernels, kind, dtype = _kernels(data.device.type, ggml_type), data.device.type, products[0][1].dtype
-    if kernels is None or (kind, ggml_type) in _without_products:
-        return None
+    return _with_products(data, ggml_type, shape, products, bind=False)
+
+
+def bind_with_products(
+    data: torch.Tensor, ggml_type: GGMLType, shape: Sequence[int], products: Sequence[Product]
+) -> Weight | None:
+    """`dequantize_with_products` of these very tensors as a call without arguments, cheaper for the host; else None.
+
+    It keeps neither `data` nor the products alive, which its caller has to do.
+    """
+    return _with_products(data, ggml_type, shape, products, bind=True)
+
+
+def adds_products(kind: str, ggml_type: GGMLType, shape: Sequence[int], dtype: torch.dtype, rank: int) -> bool:
+    """Whether `dequantize_with_products` has a kernel for such weights and products of that rank at most."""
+    if _kernels(kind, ggml_type) is None or (kind, ggml_type) in _without_products:
+        return False
     from .kernels import folded  # needs Triton, as the kernels do
 
-    if not folded.fits(ggml_type, shape, dtype) or max(len(a) for _, a, _ in products) > folded.MAX_RANK:
+    return folded.fits(ggml_type, shape, dtype) and rank <= folded.MAX_RANK
+
+
+def _with_products(
+    data: torch.Tensor, ggml_type: GGMLType, shape: Sequence[int], products: Sequence[Product], bind: bool
+) -> Any:
+    kind, rank = data.device.type, max(len(a) for _, a, _ in products)
+    if not adds_products(kind, ggml_type, shape, products[0][1].dtype, rank):
         return None
+    from .kernels import folded
+
     try:
-        return folded.dequantize_rows(data, ggml_type, shape, products)
+        return (folded.bind if bind else folded.dequantize_rows)(data, ggml_type, shape, products)
     except _NOT_THE_KERNELS:
         raise
     except Exception as error:  # too large for this GPU, say; the weight is made without it then

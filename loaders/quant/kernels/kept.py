@@ -34,13 +34,20 @@ def count() -> int:
 
 
 def start(
-    variant: Hashable, program: Any, programs: int, args: tuple, constants: Callable[[], tuple], warps: int
+    variant: Hashable,
+    program: Any,
+    programs: int,
+    args: tuple,
+    constants: Callable[[], tuple],
+    warps: int,
+    **options: int,
 ) -> None:
     """Run `programs` of `program` over `args`, a tensor first, on its device and that device's current stream.
 
     Args:
         variant: all that `program` is compiled for, the device included.
         constants: makes the arguments after `args`; called when the variant is new.
+        options: of the compiler, beside the number of warps.
     """
     device = args[0].device
     # Triton launches on torch's current device, whichever device its arguments lie on.
@@ -48,18 +55,29 @@ def start(
     with torch.cuda.device(device) if elsewhere else nullcontext():
         if variant not in _kept:
             rest = constants()
-            compiled = program[(programs, 1, 1)](*args, *rest, num_warps=warps)
+            compiled, ran = _first_run(program, (programs, 1, 1), (*args, *rest), num_warps=warps, **options)
             if compiled is not None:  # Triton's interpreter compiles nothing
                 _kept[variant] = compiled, rest
-            return
+            if ran:
+                return
         compiled, rest = _kept[variant]
         if DIRECT and device.type == "cuda":
             stream = torch._C._cuda_getCurrentRawStream(device.index)
-            compiled.run(
-                programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *rest
-            )
+            given = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in (*args, *rest)]
+            compiled.run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *given)
         else:
             compiled[(programs, 1, 1)](*args, *rest)
+
+
+def _first_run(program: Any, grid: tuple[int, int, int], args: tuple, **options: int) -> tuple[Any, bool]:
+    """The compiled program, and whether it ran. Triton refuses a tensor whose address CUDA does not know, as that of a
+    file's mapping that the GPU reads through the CPU's page tables; an address it takes as it is."""
+    try:
+        return program[grid](*args, **options), True
+    except ValueError as error:
+        if not DIRECT or "cannot be accessed from Triton" not in str(error):
+            raise
+        return program.warmup(*args, grid=grid, **options), False
 
 
 def bound(variant: Hashable, programs: int, index: int) -> Callable[..., None] | None:
