@@ -8,6 +8,7 @@ is mended, or refused with a sentence, in this file. Supported: ComfyUI 0.18 and
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from typing import Any
 
@@ -16,6 +17,7 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import torch
+from comfy_execution.utils import get_executing_context
 
 # Told before every layer's forward, where the host interrupts a run that the user cancelled.
 run_every_op = comfy.ops.run_every_op
@@ -159,3 +161,11 @@ def cast_at_use(module: torch.nn.Module, forced: bool, elsewhere: bool) -> None:
 def move_functions(module: torch.nn.Module, device: torch.device) -> int:
     """Move what patches a module's weights to `device`; bytes that moved."""
     return comfy.model_patcher.move_weight_functions(module, device)
+
+
+def show_text(text: str) -> None:
+    """Show a line below the node that runs, to whoever queued it; nothing where there is no server."""
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    node = get_executing_context()
+    if server is not None and node is not None:
+        server.send_progress_text(text, node.node_id, server.client_id)

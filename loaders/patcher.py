@@ -12,6 +12,8 @@ here from the wrappers.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterable
 from functools import cache, partial
 from typing import Any
 
@@ -21,12 +23,16 @@ import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 
+from .cold_weights import read_weights_ahead
 from .exchange import Loaded, exchange
+from .gguf.reader import GGUFFile
 from .patch_at_use import PatchAtUse, joined, patch_at_use
 from .quant.layout import dense, is_gguf
 from .saving import LazyWeight
 
 CPU = torch.device("cpu")
+_CHECK = "_sluice_check"  # on a network: the function that looks at its files
+_living: weakref.WeakSet[ModelPatcher] = weakref.WeakSet()
 RESTORE = "_sluice_restore"  # on a network whose weights were put away: the function that brings them back
 
 
@@ -41,6 +47,27 @@ def restore(network: torch.nn.Module) -> None:
         del network.__dict__[RESTORE]
 
 
+def check_files_of(network: torch.nn.Module, files: Iterable[GGUFFile]) -> None:
+    """Have every load of `network` begin with a look at the files that its weights are mapped from."""
+    opened = tuple(files)
+
+    def check() -> None:  # a function, which copies of the network share
+        for file in opened:
+            file.check_unchanged()
+
+    network.__dict__[_CHECK] = check
+
+
+def check_files(network: torch.nn.Module) -> None:
+    """Before weights are touched: to read where a mapped file was cut off ends the process.
+
+    Raises:
+        GGUFError: a file was changed since it was loaded.
+    """
+    if check := network.__dict__.get(_CHECK):
+        check()
+
+
 class PatchingAtUse(ModelPatcher):
     """Mixed in before the host's patcher class."""
 
@@ -51,6 +78,7 @@ class PatchingAtUse(ModelPatcher):
             # clone is finished, shares its backups with others and detaches the model when it dies, so it cannot be
             # made once more as ours; it has no state that the mixin lacks.
             clone.__class__ = patching_class(type(clone))  # type: ignore[arg-type]
+        _living.add(clone)
         return clone
 
     # --- patches
@@ -118,8 +146,22 @@ class PatchingAtUse(ModelPatcher):
         super().model_patches_to(device)
 
     def load(self, device_to: torch.device | None = None, *args: Any, **kwargs: Any) -> None:
+        self._before_loading(self.load_device if device_to is None else device_to)
         super().load(device_to, *args, **kwargs)
         self.model.__dict__["_sluice_loaded"] = Loaded.by(self)
+
+    def _before_loading(self, device: torch.device) -> None:
+        try:
+            check_files(self.model)
+            self._read_ahead(device)
+        except BaseException:
+            self.detach()  # as the host does after an error, but not when the user cancels
+            raise
+
+    def _read_ahead(self, device: torch.device) -> None:
+        """What of the weights is not in the system's cache, unless they are on the device already."""
+        if "_sluice_loaded" not in self.model.__dict__:
+            read_weights_ahead(self.model, device)
 
     def partially_load(self, device_to: torch.device, *args: Any, **kwargs: Any) -> Any:
         loaded, current = self.model.__dict__.get("_sluice_loaded"), self.model.current_weight_patches_uuid
@@ -193,6 +235,7 @@ class PatchingAtUse(ModelPatcher):
 
     def model_state_dict_for_saving(self, model: Any = None, prefix: str = "") -> dict:
         restore(self.model)
+        check_files(self.model)
         tensors = (self.model if model is None else model).state_dict()
         return {name: self._for_saving(prefix + name, tensor) for name, tensor in tensors.items()}
 
@@ -239,6 +282,19 @@ def patching_class(base: type) -> type:
 
 def patching_at_use(patcher: ModelPatcher) -> Any:
     """The same model under a patcher that never replaces a quantised weight."""
-    return patching_class(type(patcher))(  # type: ignore[arg-type]
+    made = patching_class(type(patcher))(  # type: ignore[arg-type]
         patcher.model, load_device=patcher.load_device, offload_device=patcher.offload_device
     )
+    _living.add(made)
+    return made
+
+
+def patch_at_use_from_now_on(patcher: ModelPatcher) -> None:
+    """Make a patcher that is finished one that never replaces a quantised weight; it has no state that ours lack."""
+    patcher.__class__ = patching_class(type(patcher))  # type: ignore[assignment, arg-type]
+    _living.add(patcher)
+
+
+def living() -> list[ModelPatcher]:
+    """The patchers of GGUF models that somebody has, loaded by the host or not."""
+    return list(_living)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-import time
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
-import comfy.utils
 import folder_paths
 import torch
 from comfy_api.latest import io
@@ -18,12 +16,9 @@ from ..loaders.recipes import RECIPES, parse_overrides
 if TYPE_CHECKING:
     from ..loaders.model_weights import NewFile
 
-log = logging.getLogger("sluice.save")
-
 CPU = torch.device("cpu")
 DEVICES = ("cuda",)  # ROCm calls itself so, too; others lack some of the operations
 WORKSPACE_BYTES = 1 << 30  # what quantising takes on a GPU at most
-SECONDS_BETWEEN_LINES = 10
 
 
 class SaveGGUF(io.ComfyNode):
@@ -108,6 +103,7 @@ class SaveGGUF(io.ComfyNode):
 
 
 def _save(file: NewFile, filename: str, quant_type: str, overrides: str, device: str) -> Path:
+    from ..loaders.progress import Progress
     from ..loaders.save_model import save_model
 
     where = comfy.model_management.get_torch_device()
@@ -115,17 +111,25 @@ def _save(file: NewFile, filename: str, quant_type: str, overrides: str, device:
         where = CPU
     else:
         comfy.model_management.free_memory(WORKSPACE_BYTES, where)
-    return save_model(
-        _new_path(file, filename, quant_type),
+    path = _new_path(file, filename, quant_type)
+    progress = Progress(f"saving {path.name}", sum(prod(weight.shape) for weight in file.weights), _weights, 0)
+    saved = save_model(
+        path,
         file.weights,
         quant_type,
         file.architecture,
         overrides=parse_overrides(overrides.splitlines()),
         metadata=file.metadata,
         device=where,
-        progress=_Progress(),
+        progress=lambda done, total: progress.at(done),
         sources=file.sources,
-    ).path
+    )
+    progress.end()
+    return saved.path
+
+
+def _weights(number: float) -> str:
+    return f"{number / 1e6:.1f} million weights"
 
 
 def _new_path(file: NewFile, filename: str, quant_type: str) -> Path:
@@ -135,27 +139,3 @@ def _new_path(file: NewFile, filename: str, quant_type: str) -> Path:
         f"{file.folder}/{name}", folder_paths.get_output_directory()
     )
     return Path(folder, f"{stem}_{counter:05}_.gguf")
-
-
-class _Progress:
-    """The node's progress bar, a line in the log now and then, and the end when the user cancels."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-        self._start = self._last = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        if self._bar is None:
-            self._bar = comfy.utils.ProgressBar(total)
-        self._bar.update_absolute(done)
-        now = time.monotonic()
-        if done and now - self._last > SECONDS_BETWEEN_LINES:
-            self._last = now
-            rate = done / (now - self._start)
-            log.info(
-                "%.0f %% saved, %.1f million weights a second, %.0f s left",
-                100 * done / total,
-                rate / 1e6,
-                (total - done) / rate,
-            )

@@ -15,11 +15,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from ..loaders.read_ahead import PATIENCE
+from ..loaders.sizes import size
 from .device import Device, Event, Stream
 from .errors import RefusedError
 from .files import DIRECT_ALIGN, Key, OpenFiles, Weight, WeightFile, streamed_bytes
@@ -70,6 +73,7 @@ class DiskSource:
 
     def __init__(self, request: Request, slots: int) -> None:
         self._device: Device = request.device
+        self._watch = request.watch
         self._files = OpenFiles(request.weights.values())
         self._memory = HostSource("memory", request.device, OpenFiles(()))
         self._parts: list[Part] = []
@@ -84,13 +88,17 @@ class DiskSource:
         pinning = self._pin(request)
         self._slots = [Slot(self._ring, number, self._device.new_event()) for number in range(slots)]
         self._memory.pinned_bytes = self.pinned_bytes
-        others = hold_memory(self._memory, request)
+        try:
+            others = hold_memory(self._memory, request)
+        except BaseException:
+            self._give_up()
+            raise
         self.pinned_bytes = self._memory.pinned_bytes
 
         total = streamed_bytes(request.in_files)
         past_cache = total > request.free_ram_bytes and all(file.read_directly() for file in self._files.all())
         self.reason = (
-            f"{request.threads} threads read {total / 1e9:.2f} GB a step into a ring of {self._ring.data.nbytes >> 20} "
+            f"{request.threads} threads read {size(total)} a step into a ring of {self._ring.data.nbytes >> 20} "
             f"MiB ({pinning}{', past the page cache' if past_cache else ''}){others}"
         )
 
@@ -128,18 +136,20 @@ class DiskSource:
             numbers = range(begin, begin + min(end - first, len(self._slots)))
             return all(number in self._read for number in numbers)
 
-    def copy(self, block: int, tensor: int, out: torch.Tensor, stream: Stream) -> None:
+    def copier(self, block: int, tensor: int, out: torch.Tensor, stream: Stream) -> Callable[[], object]:
         key = block, tensor
         if key not in self._places:
-            self._memory.copy(block, tensor, out, stream)
-            return
+            return self._memory.copier(block, tensor, out, stream)
+        return partial(self._copy, key, out, stream)
+
+    def _copy(self, key: Key, out: torch.Tensor, stream: Stream) -> None:
         first, end = self._places[key]
         with self._changed:
             begin = self._seek(first)
         for number, part in enumerate(self._parts[first:end], begin):
             slot = self._take(number)
             data = slot.data[part.skipped : part.skipped + part.nbytes]
-            self._device.copy(out[part.start : part.start + part.nbytes], data, stream)
+            self._device.copier(out[part.start : part.start + part.nbytes], data)()
             self._device.record(slot.event, stream)
             slot.in_flight = True
             with self._changed:
@@ -165,7 +175,9 @@ class DiskSource:
     def _take(self, number: int) -> Slot:
         with self._changed:
             while number not in self._read:
-                self._changed.wait()
+                if not self._changed.wait(PATIENCE):
+                    with self._watch("reading", 0) as told:
+                        told(0)  # whoever watches may have had enough of a disk that hangs
             found = self._read.pop(number)
             self._taken = number + 1
             if isinstance(found, Slot):
@@ -218,6 +230,9 @@ class DiskSource:
         self._read.clear()
         self._free.clear()
         self._slots.clear()
+        self._give_up()
+
+    def _give_up(self) -> None:
         self._memory.close()
         self._ring.close()
         self._files.close()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..loaders.sizes import size
+
 
 class StreamError(RuntimeError):
     """Weights cannot be streamed. The model is whole: after the remedy, the next run works."""
@@ -26,7 +28,7 @@ class ArenaError(StreamError):
 
     def __init__(self, nbytes: int, reason: str) -> None:
         super().__init__(
-            f"the streaming ring of {nbytes / 1e6:.0f} MB could not be allocated ({reason}); "
+            f"the streaming ring of {size(nbytes)} could not be allocated ({reason}); "
             "plan again with a smaller VRAM budget, or free VRAM"
         )
         self.nbytes = nbytes

@@ -11,6 +11,8 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
+from ..loaders.sizes import size
+
 log = logging.getLogger("sluice.offload")
 
 KEPT = 256  # events; a picture has about ten
@@ -21,13 +23,13 @@ class Event:
     """One thing that happened."""
 
     time: float  # seconds since 1970
-    action: str  # "begins", "leaves", "comes back", "stays out", "released"
+    action: str  # "begins", "leaves", "comes back", "stays out", "is released", "released"
     what: str
     nbytes: int  # that the stage needs, or that moved
     why: str
 
     def __str__(self) -> str:
-        return f"{self.what} {self.action} ({self.nbytes / 1e9:.3f} GB): {self.why}"
+        return f"{self.what} {self.action} ({size(self.nbytes)}): {self.why}"
 
 
 _events: deque[Event] = deque(maxlen=KEPT)

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
 
+from ..loaders.read_ahead import Told, Watch, patiently, unwatched
+from ..loaders.sizes import size
 from .device import Device, Stream
 from .errors import RefusedError
 from .files import Key, OpenFiles, Weight, streamed_bytes
@@ -35,13 +38,12 @@ class Source(Protocol):
     pinned_bytes: int  # memory of its own that is locked; pages of the file's cache are not counted
 
     def ready(self, block: int, tensor: int) -> bool:
-        """Whether `copy` would return at once. Asking for a tensor starts reading it."""
+        """Whether a copy of it would be enqueued at once. Asking for a tensor starts reading it."""
 
-    def copy(self, block: int, tensor: int, out: torch.Tensor, stream: Stream) -> None:
-        """Enqueue the copy of the tensor's bytes to `out`, inside `device.on(stream)`.
+    def copier(self, block: int, tensor: int, out: torch.Tensor, stream: Stream) -> Callable[[], object]:
+        """What enqueues the copy of the tensor's bytes to `out`, each time it is called inside `device.on(stream)`.
 
-        Raises:
-            SourceError: nothing is known of what `out` holds then.
+        It may raise SourceError, and nothing is known of what `out` holds then. To be dropped before `close`.
         """
 
     def check(self) -> None:
@@ -64,6 +66,7 @@ class Request:
     free_ram_bytes: int  # of the system, its file cache included
     may_pin: bool = True
     threads: int = 8
+    watch: Watch = unwatched  # around what takes long; its exceptions end the work
 
     @property
     def in_files(self) -> dict[Key, Weight]:
@@ -129,10 +132,11 @@ class HostSource:
     def ready(self, block: int, tensor: int) -> bool:
         return True
 
-    def copy(self, block: int, tensor: int, out: torch.Tensor, stream: Stream) -> None:
-        pieces = self.pieces[block, tensor]
-        for start, data in pieces:
-            self.device.copy(out if len(pieces) == 1 else out[start : start + data.nbytes], data, stream)
+    def copier(self, block: int, tensor: int, out: torch.Tensor, stream: Stream) -> Callable[[], object]:
+        copies = [
+            self.device.copier(out[start : start + data.nbytes], data) for start, data in self.pieces[block, tensor]
+        ]
+        return copies[0] if len(copies) == 1 else partial(_each, copies)
 
     def check(self) -> None:
         self.files.check()
@@ -144,6 +148,11 @@ class HostSource:
         self.files.close()
 
 
+def _each(calls: Sequence[Callable[[], object]]) -> None:
+    for call in calls:
+        call()
+
+
 def hold_memory(source: HostSource, request: Request) -> str:
     """Add the weights that are in plain memory: copied to pinned memory if that is allowed, else where they are.
 
@@ -153,7 +162,7 @@ def hold_memory(source: HostSource, request: Request) -> str:
     loose = {key: request.weights[key] for key, data in in_memory.items() if not _is_pinned(data)}
     said = ""
     if loose:
-        said = f"; {streamed_bytes(loose) / 1e9:.2f} GB of other weights "
+        said = f"; {size(streamed_bytes(loose))} of other weights "
         try:
             if not request.may_pin:
                 raise RefusedError("pinned memory is switched off")
@@ -170,11 +179,11 @@ def hold_pinned(source: HostSource, weights: Mapping[Key, Weight], request: Requ
     """Add `weights`, read or copied into chunks of pinned memory; all or, with RefusedError, none of them."""
     needed = sum(_aligned(weight.nbytes) for weight in weights.values())
     if source.pinned_bytes + needed > request.ram_budget_bytes:
-        budget = request.ram_budget_bytes / 1e9
-        raise RefusedError(f"it needs {needed / 1e9:.2f} GB of RAM, and {budget:.2f} GB may be pinned")
+        raise RefusedError(f"it needs {size(needed)} of RAM, and {size(request.ram_budget_bytes)} may be pinned")
     buffers: list[HostBuffer] = []
     try:
-        pieces = _fill(source, weights, request, buffers)
+        with request.watch("copying weights to pinned memory", streamed_bytes(weights)) as told:
+            pieces = _fill(source, weights, request, buffers, told)
     except BaseException:
         for buffer in buffers:
             buffer.close()
@@ -185,7 +194,7 @@ def hold_pinned(source: HostSource, weights: Mapping[Key, Weight], request: Requ
 
 
 def _fill(
-    source: HostSource, weights: Mapping[Key, Weight], request: Request, buffers: list[HostBuffer]
+    source: HostSource, weights: Mapping[Key, Weight], request: Request, buffers: list[HostBuffer], told: Told
 ) -> dict[Key, list[tuple[int, torch.Tensor]]]:
     """Chunk by chunk: reading faults the pages in, by several threads, and what is there already is locked fast."""
     layout: dict[Key, list[tuple[int, int, int, int]]] = {}  # (start in the tensor, bytes, chunk, offset in it)
@@ -210,8 +219,12 @@ def _fill(
                 for done in range(0, nbytes, READ_BYTES)
                 for size in [min(READ_BYTES, nbytes - done)]
             ]
-            for job in jobs:
-                job.result()  # an error leaves the pool, which first lets the other jobs end
+            try:
+                for job in jobs:
+                    told(patiently(job, told))
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)  # nothing may be read into memory that is given up
+                raise
             buffer.pin(request.device.registrar)
     return {
         key: [(start, buffers[chunk].data[offset : offset + nbytes]) for start, nbytes, chunk, offset in parts]
@@ -219,11 +232,12 @@ def _fill(
     }
 
 
-def _read(files: OpenFiles, weight: Weight, start: int, buffer: HostBuffer, offset: int, nbytes: int) -> None:
+def _read(files: OpenFiles, weight: Weight, start: int, buffer: HostBuffer, offset: int, nbytes: int) -> int:
     if weight.data is not None:
         buffer.data[offset : offset + nbytes].copy_(weight.data[start : start + nbytes])
     else:
         files.of(weight).read_into(buffer.view[offset : offset + nbytes], weight.offset + start)
+    return nbytes
 
 
 def _cut(begin: int, nbytes: int, length: int) -> Sequence[tuple[int, int, int, int]]:
@@ -258,7 +272,7 @@ def pinned(request: Request) -> HostSource:
         source.close()
         raise
     source.files.close()  # all is in memory: what becomes of the files matters no more
-    source.reason = f"copied {source.pinned_bytes / 1e9:.2f} GB to pinned memory"
+    source.reason = f"copied {size(source.pinned_bytes)} to pinned memory"
     return source
 
 
@@ -269,5 +283,5 @@ def memory(request: Request) -> HostSource:
     source = HostSource("memory", request.device, OpenFiles(()))
     source.pieces = {key: [(0, data)] for key, data in request.in_memory.items()}
     locked = all(_is_pinned(data) for data in request.in_memory.values())
-    source.reason = f"{streamed_bytes(request.weights) / 1e9:.2f} GB of {'pinned' if locked else 'pageable'} memory"
+    source.reason = f"{size(streamed_bytes(request.weights))} of {'pinned' if locked else 'pageable'} memory"
     return source

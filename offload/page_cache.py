@@ -4,6 +4,8 @@ The mapping is this module's own, read-only and shared. Never a private writable
 quietly copies every page of it into anonymous memory. Only the pages that streamed weights lie on are registered, in
 pieces of a bounded size. The CPU never touches the mapping, so that a file that is cut off meanwhile cannot kill the
 process: the registered pages stay until they are unregistered, and `check` reports the change.
+
+Registering reads what is not cached, with nobody told and at less than the disk's speed; so that is read before.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 
+from ..loaders.read_ahead import Told, read_ahead
+from ..loaders.sizes import size
 from .errors import RefusedError
 from .files import Key, OpenFiles, Weight, WeightFile, streamed_bytes
 from .host_memory import HostSource, Request, hold_memory
@@ -39,14 +43,18 @@ def page_cache(request: Request) -> HostSource:
             weights = {key: weight for key, weight in in_files.items() if weight.file == file.stored}
             mapped = RegisteredFile(file, request.device.registrar)
             source.owners.append(mapped)
-            mapped.register(used_spans(weights.values(), file.stored.size))
+            spans = used_spans(weights.values(), file.stored.size)
+            read_ahead(file.fileno(), spans, request.watch, file.stored.path.name)
+            total = sum(stop - start for start, stop in spans)
+            with request.watch(f"locking {file.stored.path.name} in memory", total) as told:
+                mapped.register(spans, told)
             source.pieces.update((key, mapped.pieces(weight)) for key, weight in weights.items())
         others = hold_memory(source, request)
     except BaseException:
         source.close()
         raise
     source.reason = (
-        f"registered {streamed_bytes(in_files) / 1e9:.2f} GB of the file's cached pages "
+        f"registered {size(streamed_bytes(in_files))} of the file's cached pages "
         f"in {time.perf_counter() - began:.2f} s{others}"
     )
     return source
@@ -59,7 +67,7 @@ def _refusal(request: Request, in_files: dict[Key, Weight]) -> str | None:
         return "pinned memory is switched off"
     needed, room = streamed_bytes(in_files), int(request.free_ram_bytes * SHARE_OF_FREE_RAM)
     if needed > room:
-        return f"{needed / 1e9:.2f} GB of the file would be locked in RAM, which has room for {room / 1e9:.2f} GB"
+        return f"{size(needed)} of the file would be locked in RAM, which has room for {size(room)}"
     return request.device.registrar.read_only_refusal()
 
 
@@ -87,12 +95,13 @@ class RegisteredFile:
         self._registrar = registrar
         self._ends: dict[int, int] = {}  # of every registered range
 
-    def register(self, spans: list[tuple[int, int]]) -> None:
+    def register(self, spans: list[tuple[int, int]], told: Told = lambda nbytes: None) -> None:
         for begin, end in spans:
             for start in range(begin, end, REGISTER_BYTES):
                 stop = min(start + REGISTER_BYTES, end)
                 self._registrar.register(self._data.data_ptr() + start, stop - start, read_only=True)
                 self._ends[start] = stop
+                told(stop - start)
 
     def pieces(self, weight: Weight) -> list[tuple[int, torch.Tensor]]:
         """A weight, cut where a registration ends: one copy may not read from two."""

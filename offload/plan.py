@@ -26,7 +26,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from .costs import AUTO, GB, BlockCost, Link, gb, gb_up, ms
+from ..loaders.sizes import gb_up, size
+from .costs import AUTO, GB, BlockCost, Link, ms
 from .ring import Copy, Ring, Stream, aligned
 from .shares import Chosen, diffuse, spread, water_fill
 from .simulate import step_seconds
@@ -101,10 +102,10 @@ class StreamPlan:
 
     def __str__(self) -> str:
         if not self.copies:
-            return f"all weights, {gb(self.vram_bytes)}, stay; nothing streams"
+            return f"all weights, {size(self.vram_bytes)}, stay; nothing streams"
         return (
-            f"{gb(self.resident_bytes)} of weights stay, {gb(self.streamed_bytes)} stream each step through a ring of "
-            f"{gb(self.ring_bytes)} ({gb(self.vram_bytes)} of {gb(self.budget_bytes)} VRAM); "
+            f"{size(self.resident_bytes)} of weights stay, {size(self.streamed_bytes)} stream each step through a ring "
+            f"of {size(self.ring_bytes)} ({size(self.vram_bytes)} of {size(self.budget_bytes)} VRAM); "
             f"compute {ms(self.compute_seconds)}, copies {ms(self.copy_seconds)} at "
             f"{self.link.bytes_per_second / GB:.1f} GB/s: {self.bound_by} binds, predicted step {ms(self.step_seconds)}"
         )
@@ -114,7 +115,7 @@ class StreamPlan:
         width = max(len(block.name) for block in self.blocks)
         return "\n".join(
             f"{block.name:{width}}  {len(streamed):2} of {len(block.tensor_bytes):2} tensors stream, "
-            f"{sum(block.tensor_bytes[i] for i in streamed) / 1e6:7.1f} of {block.nbytes / 1e6:7.1f} MB; "
+            f"{size(sum(block.tensor_bytes[i] for i in streamed)):>9} of {size(block.nbytes):>9}; "
             f"computes {ms(block.compute_seconds)}"
             for number, block in enumerate(self.blocks)
             for streamed in [self.streamed(number)]
@@ -135,7 +136,8 @@ def make_plan(
     Args:
         prefetch_blocks: the ring holds a block's streamed tensors and those of this many streamed blocks after it. It
             becomes longer than that where VRAM is left and `blocks_to_swap` is AUTO.
-        blocks_to_swap: stream this many whole blocks, spread evenly over the compute time; AUTO: what is fastest.
+        blocks_to_swap: stream this many whole blocks, spread evenly over the compute time; AUTO: what is fastest. The
+            ring holds fewer blocks than `prefetch_blocks` says if it would hold all of them: that would free nothing.
         outside_bytes: resident weights outside the blocks; they are part of the budget.
 
     Raises:
@@ -207,7 +209,12 @@ class _Search:
 
     def _stream(self, chosen: Chosen) -> Stream:
         pairs = zip(self.blocks, chosen, strict=True)
-        return Stream([[(i, block.tensor_bytes[i]) for i in chunk] for block, chunk in pairs], self.depth)
+        chunks = [[(i, block.tensor_bytes[i]) for i in chunk] for block, chunk in pairs]
+        stream, depth = Stream(chunks, self.depth), self.depth
+        while self.swap != AUTO and depth and stream.smallest_ring().nbytes >= stream.nbytes:
+            depth -= 1  # a ring for all that streams would free nothing, and a few swapped blocks are far apart
+            stream = Stream(chunks, depth)
+        return stream
 
     def _ring(self, chosen: Chosen) -> Ring | None:
         stream = self._stream(chosen)
@@ -231,10 +238,10 @@ class _Search:
         if self.swap != AUTO:
             remedies.append("swap more blocks, or -1 of them for what is fastest")
         if self.depth and (less := replace(self, depth=0)._smallest()) < smallest:
-            remedies.append(f"set prefetch_blocks to 0, which needs {gb_up(less)} and is slower")
+            remedies.append(f"set prefetch_blocks to 0, which needs {size(less)} and is slower")
         message = (
-            f"Block Swap: the weights may take {gb(self.budget)} of VRAM, but need {gb_up(smallest)} even when as much "
-            f"as possible streams. To go on: {'; '.join(remedies)}; or use a smaller quantisation, image or batch."
+            f"Block Swap: the weights may take {size(self.budget)} of VRAM, but need {size(smallest)} even when as "
+            f"much as possible streams. To go on: {'; '.join(remedies)}; or use a smaller quantisation, image or batch."
         )
         return BudgetTooSmallError(message, smallest)
 

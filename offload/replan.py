@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .costs import BlockCost, Link, gb, ms
+from ..loaders.sizes import size
+from .costs import BlockCost, Link, ms
 from .plan import StreamPlan, make_plan, predict
 
 WORTHWHILE = 0.05  # of a step
@@ -38,7 +39,7 @@ def replan(
         return make_plan(blocks, link, budget_bytes, **dials), "the model's tensors changed"
     if plan.vram_bytes > budget_bytes:
         better = make_plan(blocks, link, budget_bytes, **dials)
-        return better, f"{gb(budget_bytes)} of VRAM are left and the plan takes {gb(plan.vram_bytes)}"
+        return better, f"{size(budget_bytes)} of VRAM are left and the plan takes {size(plan.vram_bytes)}"
 
     now = predict([block.compute_seconds for block in blocks], plan.copies, link)
     if now <= (1 + WORTHWHILE) * sum(block.compute_seconds for block in blocks):

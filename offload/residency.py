@@ -18,10 +18,11 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
+from ..loaders.sizes import size
 from .arrival import bring
 from .block_times import BlockTimes
 from .blocks import Block
@@ -33,9 +34,10 @@ from .link import link_of
 from .plan import BudgetTooSmallError, StreamPlan, make_plan
 from .replan import replan
 from .shelf import Shelf
-from .slots import Located, Slot, slots_of
+from .slots import Slot, slots_of
 from .source import Choice, choose
 from .streaming import Streaming
+from .terms import Foreseen, Terms
 
 log = logging.getLogger("sluice.offload")
 
@@ -43,20 +45,6 @@ SMALL_SHARE = 16  # in a small network, what is below this part of the largest t
 TRIES = 4  # plans for ever less VRAM after the device was out of memory
 LESS = 0.8
 NEARLY = 1.05  # times the smallest plan is no larger than that
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What the host allows and knows. Budgets are bytes for this model's weights and ring."""
-
-    budget_bytes: int
-    most_bytes: int  # what could be had if the plan for `budget_bytes` is impossible
-    pinned_budget_bytes: int
-    may_pin: bool
-    located: Located
-    dtype_of: Callable[[torch.nn.Module, str], torch.dtype | None]  # what the model declares a plain parameter to be
-    account_pinned: Callable[[int], None]  # the host counts what is locked, so that it does not lock too much itself
-    patched_by_host: Callable[[Slot], bool]  # weights that the host replaces with patched copies, and moves itself
 
 
 class Residency:
@@ -124,8 +112,13 @@ class Residency:
         """Where streamed weights come from, while any stream."""
         return self._streaming.choice if self._streaming is not None else None
 
-    def arrange(self, network: torch.nn.Module, device: torch.device, terms: Terms) -> bool:
+    def arrange(
+        self, network: torch.nn.Module, device: torch.device, terms: Terms, foreseen: Foreseen | None = None
+    ) -> bool:
         """Make the weights lie as the best plan for `terms` says; whether anything had to move.
+
+        Args:
+            foreseen: what `foresee` said for the same terms, which is not planned again then.
 
         Raises:
             BudgetTooSmallError: not even the smallest plan fits.
@@ -140,7 +133,10 @@ class Residency:
         budget = terms.budget_bytes
         for attempt in range(TRIES):
             try:
-                plan, why = self._plan(replace(terms, budget_bytes=budget))
+                if foreseen is not None and not attempt:
+                    plan, why = foreseen.plan, foreseen.why
+                else:
+                    plan, why = self._plan(replace(terms, budget_bytes=budget))
                 if plan is self.plan and self._as_planned():
                     self._terms = terms
                     return False
@@ -158,11 +154,12 @@ class Residency:
                 log.warning("the GPU has less room than it said (%s); planning again for less", _first_line(error))
         raise AssertionError("unreachable")
 
-    def keeps(self, device: torch.device, terms: Terms) -> bool:
-        """Whether `arrange` would find everything in its place."""
-        if not self.arranged or self._device is None or self._moved_away(device) or not self._as_planned():
-            return False
-        return self._plan(terms)[0] is self.plan
+    def foresee(self, device: torch.device, terms: Terms) -> Foreseen | None:
+        """What `arrange` would do, with its errors; None where it would have to look at the network first."""
+        if not self.arranged or self._device is None or self._moved_away(device):
+            return None
+        plan, why = self._plan(terms)
+        return Foreseen(plan, why, plan is self.plan and self._as_planned())
 
     def could_fit(self, budget_bytes: int) -> bool:
         """Whether there is a plan for `budget_bytes`."""
@@ -190,8 +187,8 @@ class Residency:
                 raise
             if self.plan is not None and self.plan.vram_bytes <= min(terms.most_bytes, NEARLY * error.smallest_bytes):
                 return self.plan, ""  # as small as it gets: block times differ a little from run to run
-            log.info("%.2f GB of VRAM were allowed for weights; %.2f GB is the least that works",
-                     terms.budget_bytes / 1e9, error.smallest_bytes / 1e9)  # fmt: skip
+            allowed, least = size(terms.budget_bytes), size(error.smallest_bytes)
+            log.info("%s of VRAM were allowed for weights; %s is the least that works", allowed, least)
             return self._make_plan(error.smallest_bytes), "the smallest plan"
 
     def _make_plan(self, budget_bytes: int) -> StreamPlan:
@@ -262,7 +259,7 @@ class Residency:
         self._start_streaming(plan, terms)
         missing = [slot for slot in staying if not self._is_there(slot) and not terms.patched_by_host(slot)]
         missing.sort(key=lambda slot: -slot.nbytes)
-        there = bring(missing, self._device, self._dtype, terms.located, terms.may_pin)
+        there = bring(missing, self._device, self._dtype, terms.located, terms.may_pin, terms.watch)
         for slot, parameter in zip(missing, there, strict=True):
             self._placed[slot] = parameter
             slot.show(parameter)
@@ -280,6 +277,7 @@ class Residency:
             ram_budget_bytes=terms.pinned_budget_bytes,
             kind=self.request.weight_source,
             may_pin=terms.may_pin,
+            watch=terms.watch,
         )
         try:
             self._streaming = Streaming(plan, choice, self._blocks, self._device, terms.account_pinned)

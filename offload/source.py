@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import psutil
 
+from ..loaders.read_ahead import Watch, unwatched
 from .device import Device
 from .disk import disk
 from .errors import RefusedError, StreamError
@@ -33,7 +34,6 @@ LADDER: dict[str, Callable[[Request], Source]] = {
     "disk": disk,
     "memory": memory,
 }
-SOURCES = (AUTO, "page_cache", "pinned", "disk")  # what a user may ask for; `memory` is where nothing else is possible
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ def choose(
     free_ram_bytes: int | None = None,
     may_pin: bool = True,
     threads: int = 8,
+    watch: Watch = unwatched,
 ) -> Choice:
     """The best source for `weights`, which must be in the order of the plan's copies.
 
@@ -66,6 +67,7 @@ def choose(
         kind: where on the ladder to begin. What is refused there falls to the rungs below.
         free_ram_bytes: what the system has left, its file cache included; measured if not given.
         may_pin: False where the user switched pinned memory off.
+        watch: told of reading and locking; what it raises leaves nothing read, locked or open.
 
     Raises:
         SourceError: a file is not what was loaded, or cannot be read.
@@ -73,7 +75,7 @@ def choose(
     if kind != AUTO and kind not in LADDER:
         raise ValueError(f"there is no weight source {kind!r}; choose {AUTO}, {', '.join(LADDER)}")
     free = psutil.virtual_memory().available if free_ram_bytes is None else free_ram_bytes
-    request = Request(weights, device, ram_budget_bytes, free, may_pin, threads)
+    request = Request(weights, device, ram_budget_bytes, free, may_pin, threads, watch)
     rungs = list(LADDER)
     refusals: list[tuple[str, str]] = []
     for rung in rungs[0 if kind == AUTO else rungs.index(kind) :]:

@@ -329,7 +329,7 @@ def test_too_small_a_budget_names_the_smallest_and_the_remedies() -> None:
         make_plan(blocks, GEN5, 6 * 10**9, blocks_to_swap=5)
 
 
-@pytest.mark.parametrize("count", [0, 1, 3, 20, 56, 57])
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 20, 56, 57])
 def test_blocks_to_swap_streams_that_many_whole_blocks_spread_over_the_time(count: int) -> None:
     blocks = flux()
     plan = make_plan(blocks, GEN5, 2 * total(blocks), blocks_to_swap=count)
@@ -337,6 +337,19 @@ def test_blocks_to_swap_streams_that_many_whole_blocks_spread_over_the_time(coun
     assert len(swapped) == count
     assert all(plan.streamed(i) == blocks[i].streamable for i in swapped)
     assert all(abs(after - before - 57 / count) <= 1 for before, after in pairwise(swapped))
+
+
+def test_no_ring_holds_all_that_streams() -> None:
+    """It would free nothing, and what streams in name only still costs its hooks."""
+    blocks = flux()
+    everything = make_plan(blocks, GEN5, 2 * total(blocks), blocks_to_swap=0).vram_bytes
+    for share in (0.1, 0.3, 0.6, 0.9, 0.99, 0.999, 1.0):
+        plan = make_plan(blocks, GEN5, int(share * everything))
+        assert plan.ring_bytes < plan.streamed_bytes or not plan.copies
+        assert bool(plan.copies) == (share < 1)
+    for count in (2, 3, 5, 20):
+        plan = make_plan(blocks, GEN5, 2 * total(blocks), blocks_to_swap=count, prefetch_blocks=40)
+        assert plan.ring_bytes < plan.streamed_bytes and plan.vram_bytes < everything
 
 
 def test_one_slow_block_does_not_change_how_many_are_swapped() -> None:

@@ -21,9 +21,10 @@ from pack.offload.costs import Link, SwapRequest
 from pack.offload.device import HostDevice
 from pack.offload.errors import ArenaError
 from pack.offload.plan import BudgetTooSmallError
-from pack.offload.residency import Residency, Terms
+from pack.offload.residency import Residency
 from pack.offload.slots import Slot
 from pack.offload.streamer import BlockStreamer
+from pack.offload.terms import Terms
 from test_slots import q8_0
 
 CPU = torch.device("cpu")
@@ -114,7 +115,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 DIALS = [
-    *({"blocks_to_swap": count} for count in (0, 1, 3, BLOCKS)),
+    *({"blocks_to_swap": count} for count in (0, 1, 2, 3, BLOCKS)),
     *({"vram_budget_gb": share * TOTAL / 1e9, "prefetch_blocks": 0} for share in (0.5, 0.75, 0.9)),
 ]
 
@@ -145,13 +146,33 @@ def test_weights_are_at_home_between_blocks() -> None:
     assert torch.isfinite(case.network.layers[0].plain).all()  # type: ignore[arg-type]
 
 
+def test_what_was_foreseen_is_not_planned_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Arranged()
+    case.arrange()
+    made: list[object] = []
+    plan = Residency._plan
+
+    def counted(residency: Residency, asked: object) -> tuple:
+        made.append(asked)
+        return plan(residency, asked)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Residency, "_plan", counted)
+    less = terms(round(0.75 * TOTAL))
+    foreseen = case.residency.foresee(CPU, less)
+    assert foreseen is not None and not foreseen.kept
+    assert case.residency.arrange(case.network, CPU, less, foreseen)
+    case.residency.follow(case)
+    assert case.residency.plan is foreseen.plan and len(made) == 1
+    assert case.run(2)
+
+
 def test_nothing_moves_where_nothing_changed() -> None:
     case = Arranged(blocks_to_swap=3)
     case.arrange()
     facts = case.residency.plan, case.residency.choice
     assert case.run(3)
     for _ in range(3):
-        assert case.residency.keeps(CPU, terms(1 << 40)) and not case.arrange()
+        assert case.residency.foresee(CPU, terms(1 << 40)).kept and not case.arrange()
         assert (case.residency.plan, case.residency.choice) == facts and case.residency.plans_made == 1
     assert case.run()
 
@@ -186,7 +207,7 @@ def test_smallest_plan_where_the_host_allows_less_is_made_once() -> None:
     for _ in range(3):
         case.residency.times.begin()
         assert case.run(6)  # it is measured, and the plan looked at again
-        assert case.residency.keeps(CPU, terms(1000, most=1 << 40))
+        assert case.residency.foresee(CPU, terms(1000, most=1 << 40)).kept
     assert case.residency.plans_made == 1
 
 
@@ -305,7 +326,7 @@ def test_weights_that_the_host_patches_are_its_to_move() -> None:
     patched = torch.nn.Parameter(first.weight + 1, requires_grad=False)
     home, first.weight = first.weight, patched
     case.residency.adopt()
-    assert case.residency.keeps(CPU, terms(1 << 40))
+    assert case.residency.foresee(CPU, terms(1 << 40)).kept
     first.weight = torch.nn.Parameter(home.detach(), requires_grad=False)  # as it takes a patch off
     case.residency.disown()
     assert first.weight is home

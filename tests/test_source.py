@@ -85,7 +85,7 @@ def _bytes(data: torch.Tensor) -> bytes:
 
 def read(source: Source, weights: dict[Key, Weight], key: Key) -> bytes:
     out = torch.full((weights[key].nbytes,), 0xEE, dtype=torch.uint8)
-    source.copy(*key, out, None)
+    source.copier(*key, out, None)()
     return _bytes(out)
 
 
@@ -167,18 +167,18 @@ def test_in_memory_weights_are_used_where_they_are() -> None:
     assert choice.source.kind == "memory"
     assert choice.source.pieces[0, 0][0][1].data_ptr() == data.data_ptr()
     refused = "; not page_cache: no weight is in a file; not pinned: no GPU here; not disk: no weight is in a file"
-    assert choice.reason == f"memory: 0.00 GB of pageable memory{refused}"
+    assert choice.reason == f"memory: 100 bytes of pageable memory{refused}"
 
 
 LADDERS = [
     ({}, {}, "page_cache", ()),
-    ({"free_ram_bytes": 1 << 16}, {}, "pinned", (("page_cache", "which has room for 0.00 GB"),)),
+    ({"free_ram_bytes": 1 << 16}, {}, "pinned", (("page_cache", "which has room for 52.4 kB"),)),
     ({}, {"read_only": "this driver cannot"}, "pinned", (("page_cache", "this driver cannot"),)),
     ({}, {"most": 2}, "disk", (("page_cache", "limit on locked"), ("pinned", "limit on locked"))),
     ({"ram_budget_bytes": 60_000}, {"read_only": "no"}, "disk", (("page_cache", "no"), ("pinned", "may be pinned"))),
     ({"may_pin": False}, {}, "disk", (("page_cache", "switched off"), ("pinned", "switched off"))),
     ({"kind": "pinned"}, {}, "pinned", ()),
-    ({"kind": "pinned", "ram_budget_bytes": 1}, {}, "disk", (("pinned", "0.00 GB may be pinned"),)),
+    ({"kind": "pinned", "ram_budget_bytes": 1}, {}, "disk", (("pinned", "1 byte may be pinned"),)),
 ]
 
 

@@ -26,6 +26,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ..sizes import size
 from .errors import GGUFError, shown
 from .header import DEFAULT_ALIGNMENT, LIMIT_TENSORS
 from .types import GGMLType, byte_size
@@ -90,7 +91,7 @@ class GGUFWriter:
         try:
             free = shutil.disk_usage(self.path.parent).free
             if free < self.nbytes:
-                problem = f"it will take {_size(self.nbytes)}, the disk has {_size(free)} left"
+                problem = f"it will take {size(self.nbytes)}, the disk has {size(free)} left"
                 raise GGUFError(self.path, problem, "free some space, save to another disk, or choose a smaller type")
             self._file = self.partial.open("xb")
             self._file.write(self._header)
@@ -189,7 +190,3 @@ def _text(value: str) -> bytes:
 
 def _padded(nbytes: int) -> int:
     return -(-nbytes // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
