@@ -11,7 +11,8 @@ ComfyUI on a GPU. Within it the rows take turns (A B A B):
 
 `ideal` is what a step cannot be faster than: the larger of its compute (the faster of `off` and `on`) and its streamed
 bytes at the link's measured rate. `equal` is whether the latent is the same bit for bit as that of `off`, where two
-runs of `off` are. Host memory is anonymous plus shared, above what the process held before the model was loaded.
+runs of `off` are. Host memory is anonymous plus shared, above what the process held before the model was loaded: half
+a GB of it is what torch and cuBLAS take at their first use (results/host_memory_h200.txt).
 
 The GGUF files are random with finite scales and are written to DIR when they are missing (up to 12 GB each).
 PYTHONPATH must hold ComfyUI and its packages; `dev.py bench` sees to that.
@@ -20,8 +21,10 @@ PYTHONPATH must hold ComfyUI and its packages; `dev.py bench` sees to that.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import itertools
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -32,6 +35,7 @@ from statistics import median
 from typing import Any
 
 PACK = Path(__file__).resolve().parents[1]
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,8 @@ class Case:
     context: tuple[int, ...]
     conditioning: dict[str, Any]
     shares: tuple[float, ...]
-    steps: int = 6
-    warm_up: int = 4  # the plan follows what was measured in three passes
+    steps: int = 9  # blocks are timed in the first three of every run: the median is of the others
+    warm_up: int = 4  # the plan follows what was measured in these three
 
 
 POOLED = {"pooled_output": (1, 768), "guidance": 3.5}
@@ -57,7 +61,7 @@ CASES = {
 
 
 def make(case: Case, path: Path) -> dict[str, Any]:
-    _start_host()
+    start_host()
     import gguf
     from pack.benchmarks import _model_files
 
@@ -68,7 +72,7 @@ def make(case: Case, path: Path) -> dict[str, Any]:
 
 def work(case: Case, path: Path, rounds: int) -> dict[str, Any]:
     """All rows of one case; the host is as `--disable-dynamic-vram` makes it, whose classic patcher is `off`."""
-    _start_host()
+    start_host()
     import comfy.model_management
     import torch
     from pack.loaders.diffusion import load_diffusion_model
@@ -116,7 +120,7 @@ def work(case: Case, path: Path, rounds: int) -> dict[str, Any]:
     return rows
 
 
-def _start_host() -> None:
+def start_host() -> None:
     sys.argv = ["main.py", "--disable-dynamic-vram"]
     try:
         import av  # noqa: F401
@@ -128,6 +132,12 @@ def _start_host() -> None:
     import comfy.options
 
     comfy.options.enable_args_parsing()
+
+
+def _die_with_parent() -> None:
+    """In a child: whoever kills the benchmark, even so that it cannot tell anyone, gets the GPU back."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _host_memory() -> int:
@@ -199,7 +209,9 @@ def main() -> None:
         for role in roles:
             answer.unlink(missing_ok=True)
             given = ["--role", role, "--work", str(args.work), "--out", str(answer), "--rounds", str(args.rounds), name]
-            done = subprocess.run([*launcher, *given], capture_output=True, text=True, errors="replace")
+            done = subprocess.run(
+                [*launcher, *given], capture_output=True, text=True, errors="replace", preexec_fn=_die_with_parent
+            )
             if not answer.exists():
                 print(f"{name}: {role} failed\n{(done.stdout + done.stderr)[-3000:]}", flush=True)
                 break

@@ -25,6 +25,7 @@ class BlockTimes:
         self._seconds: list[float | None] = [None] * blocks  # the shortest of this round
         self._known: list[float | None] = [None] * blocks  # of the last round that was complete
         self._running: dict[int, _CudaTimer | _HostTimer] = {}
+        self._idle: dict[int, _CudaTimer | _HostTimer] = {}  # to be started again: making events is slow
         self._counts = [0] * blocks
         self._last = -1
         self._pass: _CudaTimer | _HostTimer | None = None
@@ -44,7 +45,8 @@ class BlockTimes:
         self._last = block
         self._read(block)
         if self._counts[block] < PASSES and block not in self._running:  # else the GPU is a pass behind
-            self._running[block] = self._timer()
+            timer = self._running[block] = self._idle.pop(block) if block in self._idle else self._timer()
+            timer.start()
 
     def stop(self, block: int) -> None:
         timer = self._running.get(block)
@@ -85,13 +87,14 @@ class BlockTimes:
             self._pass.stop()
             self._passes.append(self._pass)
         self._pass = self._timer()
+        self._pass.start()
 
     def _read(self, block: int) -> None:
         timer = self._running.get(block)
         seconds = timer.seconds() if timer is not None else None
         if seconds is None:
             return
-        del self._running[block]
+        self._idle[block] = self._running.pop(block)
         self._counts[block] += 1
         if seconds > 0:
             self._seconds[block] = min(seconds, self._seconds[block] or seconds)
@@ -99,8 +102,11 @@ class BlockTimes:
 
 class _HostTimer:
     def __init__(self) -> None:
-        self._began = time.perf_counter()
+        self._began = 0.0
         self._took: float | None = None
+
+    def start(self) -> None:
+        self._began, self._took = time.perf_counter(), None
 
     @property
     def stopped(self) -> bool:
@@ -116,6 +122,9 @@ class _HostTimer:
 class _CudaTimer:
     def __init__(self) -> None:
         self._began, self._ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.stopped = False
+
+    def start(self) -> None:
         self.stopped = False
         self._began.record()
 

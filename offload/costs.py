@@ -1,6 +1,6 @@
 """What a plan is made from, as data: the blocks' weight and time, the link, and the user's dials.
 
-Sizes given to users are in GB of 10^9 bytes, everything else is in bytes and seconds.
+Dials count GB of 10^9 bytes, everything else is in bytes and seconds.
 """
 
 from __future__ import annotations
@@ -89,21 +89,15 @@ class SwapRequest:
         return max(0, min(asked, available))
 
 
+# Where a user may have streamed weights come from; `source.py` has the ladder.
+SOURCES = ("auto", "page_cache", "pinned", "disk")
+
 RANGES = {
     "vram_budget_gb": (0, 1024, "0 takes the VRAM that is free"),
     "blocks_to_swap": (AUTO, 1000, "-1 streams what is fastest within the budget"),
     "prefetch_blocks": (0, 40, "1 is enough almost always, and more VRAM serves better for resident weights"),
     "min_free_vram_gb": (0, 1024, "0.5 leaves room for other programs"),
 }
-
-
-def gb(nbytes: float) -> str:
-    return f"{nbytes / GB:.2f} GB"
-
-
-def gb_up(nbytes: float) -> str:
-    """Rounded up, so that a user who types this number gets enough."""
-    return f"{math.ceil(nbytes / GB * 100) / 100:.2f} GB"
 
 
 def ms(seconds: float) -> str:

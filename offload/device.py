@@ -1,14 +1,16 @@
 """What the streamer needs of a device: memory, two streams, and events between them.
 
-Four of the calls (`record`, `wait`, `copy`, `fill`) only *enqueue*, and none of them waits on the host. On the CPU
-there is one stream, the program itself, so enqueued means done. The tests add a third device, on which an enqueued copy
-happens as late, as early or as oddly as the events allow.
+Four of the calls (`record`, `wait`, `fill`, and what `copier` makes) only *enqueue*, and none of them waits on the
+host. On the CPU there is one stream, the program itself, so enqueued means done. The tests add a third device, on which
+an enqueued copy happens as late, as early or as oddly as the events allow.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -45,10 +47,11 @@ class Device(Protocol):
         """What is enqueued on `stream` from now on starts after what the event stands for now."""
 
     def on(self, stream: Stream) -> AbstractContextManager[object]:
-        """Around calls of `copy`: switching to a stream costs more than enqueueing a copy there."""
+        """Around copies: switching to a stream costs more than enqueueing one there."""
 
-    def copy(self, out: torch.Tensor, data: torch.Tensor, stream: Stream) -> None:
-        """From host memory to the device, on the stream that `on` was given."""
+    def copier(self, out: torch.Tensor, data: torch.Tensor) -> Callable[[], object]:
+        """What enqueues the copy of `data`, in host memory, to `out` on the device, on the stream that `on` was given,
+        each time it is called."""
 
     def fill(self, out: torch.Tensor, value: int, stream: Stream) -> None: ...
 
@@ -65,14 +68,19 @@ class CudaDevice:
     def __init__(self, device: torch.device) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
         self.torch_device = torch.device("cuda", index)
-        self.registrar = registrar_for(self.torch_device)
+        self.registrar: Registrar = registrar_for(self.torch_device)
+        self._stream: tuple[int, torch.cuda.Stream] | None = None  # the last that computed, by its address
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         with torch.inference_mode(False):  # an inference tensor could not be written outside inference mode
             return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
 
     def compute_stream(self) -> torch.cuda.Stream:
-        return torch.cuda.current_stream(self.torch_device)
+        address = torch._C._cuda_getCurrentRawStream(self.torch_device.index)
+        if self._stream is None or self._stream[0] != address:
+            # An object for each question is the dearest part of asking.
+            self._stream = address, torch.cuda.current_stream(self.torch_device)
+        return self._stream[1]
 
     def new_copy_stream(self) -> torch.cuda.Stream:
         return torch.cuda.Stream(self.torch_device)
@@ -89,8 +97,8 @@ class CudaDevice:
     def on(self, stream: torch.cuda.Stream) -> AbstractContextManager[object]:
         return torch.cuda.stream(stream)
 
-    def copy(self, out: torch.Tensor, data: torch.Tensor, stream: torch.cuda.Stream) -> None:
-        out.copy_(data, non_blocking=True)
+    def copier(self, out: torch.Tensor, data: torch.Tensor) -> Callable[[], object]:
+        return partial(out.copy_, data, non_blocking=True)
 
     def fill(self, out: torch.Tensor, value: int, stream: torch.cuda.Stream) -> None:
         with torch.cuda.stream(stream):
@@ -109,7 +117,7 @@ class HostDevice:
 
     def __init__(self, device: torch.device) -> None:
         self.torch_device = device
-        self.registrar = registrar_for(device)
+        self.registrar: Registrar = registrar_for(device)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         with torch.inference_mode(False):
@@ -127,8 +135,8 @@ class HostDevice:
     def on(self, stream: None) -> AbstractContextManager[object]:
         return nullcontext()
 
-    def copy(self, out: torch.Tensor, data: torch.Tensor, stream: None) -> None:
-        out.copy_(data)
+    def copier(self, out: torch.Tensor, data: torch.Tensor) -> Callable[[], object]:
+        return partial(out.copy_, data)
 
     def fill(self, out: torch.Tensor, value: int, stream: None) -> None:
         out.fill_(value)

@@ -40,14 +40,21 @@ def unfollow(handles: Handles) -> None:
 
 
 def _hooks(reference: weakref.ref[Follower], block: int) -> tuple[Callable, Callable]:
-    @torch.compiler.disable
-    def before(module: torch.nn.Module, args: object) -> None:
+    def enter() -> None:
         if (follower := reference()) is not None:
             follower.enter(block)
 
-    @torch.compiler.disable
-    def after(module: torch.nn.Module, args: object, output: object) -> None:
+    def leave() -> None:
         if (follower := reference()) is not None:
             follower.exit(block)
+
+    # To go through `disable` takes longer than all that a hook has to do, so only where a compiler looks on.
+    uncompiled_enter, uncompiled_leave = torch.compiler.disable(enter), torch.compiler.disable(leave)
+
+    def before(module: torch.nn.Module, args: object) -> None:
+        (uncompiled_enter if torch.compiler.is_compiling() else enter)()
+
+    def after(module: torch.nn.Module, args: object, output: object) -> None:
+        (uncompiled_leave if torch.compiler.is_compiling() else leave)()
 
     return before, after

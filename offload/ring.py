@@ -60,12 +60,12 @@ class Stream:
         sizes = [aligned(nbytes) for _, _, nbytes in self.pieces]
         self.ends = list(accumulate(sizes, initial=0))  # ends[i]: bytes before piece i
         self.nbytes = self.ends[-1]
-        self.largest = max(sizes, default=0)
 
         sums = [sum(aligned(nbytes) for _, nbytes in chunk) for chunk in chunks if chunk]
         self.together = min(depth + 1, len(sums))  # blocks whose chunks lie in the ring at the same time
         twice = list(accumulate(sums * 2, initial=0))
         self.window = max((twice[i + self.together] - twice[i] for i in range(len(sums))), default=0)
+        self.most_laps = -(-self.nbytes // max(self.window, 1))  # of different lengths, so rounded up
         turn = {block: number for number, block in enumerate(dict.fromkeys(block for block, _, _ in self.pieces))}
         self.turns = [turn[block] for block, _, _ in self.pieces]
         self.blocks, self.chunks = len(chunks), len(sums)
@@ -76,19 +76,19 @@ class Stream:
             return None
         if not self.pieces:
             return NO_RING
-        rings = (self._ring(laps) for laps in range(-(-self.nbytes // room), self.nbytes // self.window + 1))
+        rings = (self._ring(laps) for laps in range(-(-self.nbytes // room), self.most_laps + 1))
         return next((ring for ring in rings if ring and ring.nbytes <= room), None)
 
     def smallest_ring(self) -> Ring:
         """The shortest ring. One lap, where no tensor shares its place with another, always works."""
         if not self.pieces:
             return NO_RING
-        rings = (self._ring(laps) for laps in range(self.nbytes // self.window, 0, -1))
+        rings = (self._ring(laps) for laps in range(self.most_laps, 0, -1))
         return next(ring for ring in rings if ring)
 
     def _ring(self, laps: int) -> Ring | None:
         """The ring for this many laps, as even as tensors allow, unless it lacks depth."""
-        short, long = max(self.largest, -(-self.nbytes // laps)) - 1, self.nbytes
+        short, long = max(self.window, -(-self.nbytes // laps)) - 1, self.nbytes  # none is shorter than a window
         while long - short > max(ALIGN, long >> 10):
             middle = (short + long) // 2
             if self._cuts(middle, laps):

@@ -46,11 +46,19 @@ class Shelf:
 
     def put_away(self, slots: Iterable[Slot], located: Located) -> bool:
         """Put away what lies in the file, and close it; whether it is closed. The weights must be shown elsewhere."""
+        self.empty(slots, located)
+        return self.close()
+
+    def empty(self, slots: Iterable[Slot], located: Located) -> None:
+        """Put away what lies in the file, which stays open: that of several networks is found as long as it is."""
         if not self._away:
             found = ((slot, slot.location(located)) for slot in slots)
             self._away = [(slot, *place) for slot, place in found if place is not None]
             for slot, *_ in self._away:
                 slot.rehome(slot.over(torch.empty(slot.nbytes, dtype=torch.uint8, device="meta")))
+
+    def close(self) -> bool:
+        """Close the file; whether nothing of it is mapped any more."""
         closed = self._file.close()
         if not closed:
             log.debug("the model's file stays mapped: something still looks at a weight")

@@ -30,42 +30,46 @@ class Slot:
         self.owners: list[tuple[torch.nn.Module, str]] = []
 
     @property
-    def _stored(self) -> torch.Tensor:
+    def stored(self) -> torch.Tensor:
+        """What lies in memory: the blocks of a quantised weight, or the plain weight."""
         return self.home._qdata if isinstance(self.home, QuantizedTensor) else self.home.detach()
 
     @property
     def nbytes(self) -> int:
-        return self._stored.nbytes
+        return self.stored.nbytes
 
     @property
     def streams(self) -> bool:
         """Whether its bytes can be copied as they are; others would have to be gathered first. Biases and norms stay: a
         copy of them frees nothing."""
-        return self.home.dim() > 1 and self._stored.is_contiguous() and self._stored.device.type == "cpu"
+        return self.home.dim() > 1 and self.stored.is_contiguous() and self.stored.device.type == "cpu"
 
     def location(self, located: Located) -> tuple[StoredFile, int] | None:
         """The file and offset of its bytes, if they lie in one."""
-        return located(self._stored)
+        return located(self.stored)
 
     def weight(self, located: Located) -> Weight:
         """Where its bytes are, for a source."""
-        stored, found = self._stored, self.location(located)
+        stored, found = self.stored, self.location(located)
         if found is not None:
             return Weight(stored.nbytes, file=found[0], offset=found[1])
         return Weight(stored.nbytes, data=stored.reshape(-1).view(torch.uint8))
 
     def over(self, data: torch.Tensor) -> torch.nn.Parameter:
         """The weight with `data` (uint8, `nbytes` long, on any device) as its bytes."""
-        stored = self._stored
+        stored = self.stored
         there = data.view(stored.dtype).view(stored.shape)
-        if isinstance(self.home, QuantizedTensor):
-            there = QuantizedTensor(there, self.home._layout_cls, self.home._params.to_device(data.device))
-        return torch.nn.Parameter(there, requires_grad=False)
+        if not isinstance(self.home, QuantizedTensor):
+            return torch.nn.Parameter(there, requires_grad=False)
+        with torch.inference_mode():  # as the executor has it: inside, nobody could use one that was made outside
+            quantized = QuantizedTensor(there, self.home._layout_cls, self.home._params.to_device(data.device))
+            return torch.nn.Parameter(quantized, requires_grad=False)
 
     def moved(self, device: torch.device, dtype: torch.dtype | None) -> torch.nn.Parameter:
         """A copy on `device`, in `dtype` unless it is quantised."""
         if isinstance(self.home, QuantizedTensor):
-            return torch.nn.Parameter(self.home.to(device), requires_grad=False)
+            with torch.inference_mode():
+                return torch.nn.Parameter(self.home.to(device), requires_grad=False)
         return torch.nn.Parameter(self.home.detach().to(device, dtype, copy=True), requires_grad=False)
 
     def show(self, parameter: torch.nn.Parameter) -> None:
@@ -131,6 +135,6 @@ def _own(tensor: torch.Tensor) -> torch.Tensor:
     if not isinstance(tensor, torch.nn.Parameter):
         return tensor
     slot = Slot(tensor)
-    own = slot.over(slot._stored)
+    own = slot.over(slot.stored)
     own.__dict__.update(vars(tensor))
     return own

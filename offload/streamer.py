@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 
 import torch
@@ -56,6 +56,7 @@ class BlockStreamer:
         self._device, self._poison = device, poison
         self._copies, self._blocks = plan.copies, len(plan.blocks)
         self._of_block: list[range] = _ranges(plan)
+        self._blocks_by_copy = [copy.block for copy in plan.copies]
         self._overlaps = _overlaps(plan)
         self._users = [  # the blocks whose tensors, sooner or later, lie on some byte of a copy's place
             frozenset(self._copies[other].block for other in {k, *others}) for k, others in enumerate(self._overlaps)
@@ -65,12 +66,16 @@ class BlockStreamer:
         except (RuntimeError, MemoryError) as error:
             raise ArenaError(plan.ring_bytes, str(error).split("\n")[0]) from error
         self._places = [self._arena[copy.offset : copy.offset + copy.nbytes] for copy in self._copies]
-        self._views = [
+        self._views: list[Mapping[int, torch.Tensor]] = [
             MappingProxyType({self._copies[k].tensor: self._places[k] for k in numbers}) for numbers in self._of_block
         ]
 
         self._compute: Stream = device.compute_stream()
         self._copying: Stream = device.new_copy_stream()
+        self._copy = [
+            source.copier(copy.block, copy.tensor, place, self._copying)
+            for copy, place in zip(self._copies, self._places, strict=True)
+        ]
         self._ready: list[Event] = [device.new_event() for _ in plan.blocks]
         self._free: list[Event] = [device.new_event() for _ in plan.blocks]
         # The allocator may hand out memory that kernels enqueued earlier still use.
@@ -83,6 +88,7 @@ class BlockStreamer:
         self._using: int | None = None
         self._next = 0  # the block in use, or else the one that follows the last
         self._ahead = 0  # so many copies from the first of `_next` on are held
+        self._more = True  # whether a copy may have become possible since `_advance` stopped
 
     def prefetch(self, block: int) -> None:
         """Say that `block` computes next: enqueue its copies, and further ones, as far as there is room.
@@ -91,7 +97,7 @@ class BlockStreamer:
         for the following block, so call it only to start: after loading, or when blocks do not go on in order.
         """
         self._check_open()
-        if self._using is None or self._using != block:
+        if self._using != block:
             self._stop_using()
             self._expect(block)
         self._advance()
@@ -107,28 +113,32 @@ class BlockStreamer:
             SourceError: the bytes cannot be had. The streamer stays usable.
         """
         self._check_open()
-        compute = self._device.compute_stream()
-        if compute != self._compute:
-            # The events of the stream before would be recorded anew on this one, and its end forgotten.
-            self._stop_using()
-            self._await_released(set(self._unawaited))
         if self._using != block:
             self._stop_using()
             self._expect(block)
         numbers = self._of_block[block]
-        missing = [k for k in numbers if k not in self._held]
+        if numbers:
+            self._enter(block, numbers)
+        self._using = block
+        self._advance()
+        return self._views[block]
+
+    def _enter(self, block: int, numbers: range) -> None:
+        """The stream that computes now goes on once the block's copies are made."""
+        compute = self._device.compute_stream()
+        if compute is not self._compute and compute != self._compute:
+            # The events of the stream before would be recorded anew on this one, and its end forgotten.
+            self._stop_using()
+            self._await_released(set(self._unawaited))
+            self._compute = compute
+        missing = [] if self._held.issuperset(numbers) else [k for k in numbers if k not in self._held]
         if missing or numbers.start == 0:  # at least once a step
             self.source.check()
         if missing:
             self.misses += 1
-            with self._device.on(self._copying):
-                for k in missing:
-                    self._issue(k)
-        self._compute, self._using = compute, block
-        if numbers:
-            self._device.wait(compute, self._ready[block])
-        self._advance()
-        return self._views[block]
+            self._more = True
+            self._issue(missing)
+        self._device.wait(compute, self._ready[block])
 
     def release(self, block: int) -> None:
         """The caller has enqueued all that reads the views of `block`. Prefetches the blocks that follow.
@@ -151,7 +161,7 @@ class BlockStreamer:
             return
         self._stop_using()
         self._arena = None
-        self._places, self._views = [], []
+        self._places, self._views, self._copy = [], [], []
         self._held.clear()
         try:
             self._await_released(set(self._unawaited))
@@ -170,11 +180,11 @@ class BlockStreamer:
 
     def _expect(self, block: int) -> None:
         """Blocks go on with `block`."""
-        if block == (self._next + 1) % self._blocks:
-            self._ahead = max(self._ahead - len(self._of_block[self._next]), 0)
-        elif block != self._next:
-            self._ahead = 0
-        self._next = block
+        if block == self._next and self._blocks > 1:
+            return
+        following = (self._next + 1) % self._blocks
+        self._ahead = max(self._ahead - len(self._of_block[self._next]), 0) if block == following else 0
+        self._next, self._more = block, True
 
     def _stop_using(self) -> None:
         block, self._using = self._using, None
@@ -184,52 +194,64 @@ class BlockStreamer:
             for k in self._of_block[block]:
                 self._device.fill(self._places[k], POISON, self._compute)
             self._held.difference_update(self._of_block[block])
+            self._more = True
         self._device.record(self._free[block], self._compute)
         self._unawaited.add(block)
 
     def _advance(self) -> None:
         """Enqueue what is next in order until something is in the way. See [Note: What may be copied when]."""
-        k = self._following()
-        if k is None:
+        if not self._more:
             return
         try:
-            with self._device.on(self._copying):
-                while k is not None:
-                    self._issue(k)
-                    k = self._following()
+            if self._issue(self._following()):
+                self._device.submit(self._copying)
         except SourceError as error:  # `wait` meets it again, where the bytes are needed
+            self._more = True
             log.debug("prefetching stopped: %s", error)
-        self._device.submit(self._copying)
 
-    def _following(self) -> int | None:
-        """The next copy in order, if it may be made now."""
-        count = len(self._copies)
+    def _following(self) -> Iterator[int]:
+        """The next copies in order, each if it may be made when it is asked for."""
+        count, start, held = len(self._copies), self._of_block[self._next].start, self._held
+        self._more = False
         while self._ahead < count:
-            k = (self._of_block[self._next].start + self._ahead) % count
-            if k not in self._held:
+            k = (start + self._ahead) % count
+            if k not in held:
+                if self._is_needed_before(k):
+                    return
                 copy = self._copies[k]
-                blocked = self._is_needed_before(k) or not self.source.ready(copy.block, copy.tensor)
-                return None if blocked else k
+                if not self.source.ready(copy.block, copy.tensor):
+                    self._more = True
+                    return
+                yield k
             self._ahead += 1
-        return None
 
     def _is_needed_before(self, k: int) -> bool:
         """Whether something in the place of copy `k` will be used before that copy would be."""
-        distance = self._distance(k)
-        return any(self._distance(other) <= distance for other in self._held & self._overlaps[k])
+        blocks, held, first, count = self._blocks_by_copy, self._held, self._next, self._blocks
+        distance = (blocks[k] - first) % count
+        return any((blocks[other] - first) % count <= distance for other in self._overlaps[k] if other in held)
 
-    def _distance(self, k: int) -> int:
-        return (self._copies[k].block - self._next) % self._blocks
-
-    def _issue(self, k: int) -> None:
-        copy = self._copies[k]
-        # Not only of what is held: a poisoned place is free once the poison is in it.
-        self._await_released(self._unawaited & self._users[k])
-        self._held -= self._overlaps[k]
-        self.source.copy(copy.block, copy.tensor, self._places[k], self._copying)
-        self._held.add(k)
-        if self._held.issuperset(self._of_block[copy.block]):
-            self._device.record(self._ready[copy.block], self._copying)
+    def _issue(self, numbers: Iterable[int]) -> bool:
+        """Enqueue these copies, blocks in one piece; whether there were any."""
+        following = iter(numbers)
+        if (first := next(following, None)) is None:
+            return False
+        block = self._blocks_by_copy[first]
+        try:
+            with self._device.on(self._copying):
+                for k in itertools.chain((first,), following):
+                    if (of := self._blocks_by_copy[k]) != block:
+                        self._device.record(self._ready[block], self._copying)
+                        block = of
+                    # Not only of what is held: a poisoned place is free once the poison is in it.
+                    if not self._unawaited.isdisjoint(self._users[k]):
+                        self._await_released(self._unawaited & self._users[k])
+                    self._held -= self._overlaps[k]
+                    self._copy[k]()
+                    self._held.add(k)
+        finally:  # what is missing of it yet moves the event when it is enqueued
+            self._device.record(self._ready[block], self._copying)
+        return True
 
 
 def _ranges(plan: StreamPlan) -> list[range]:

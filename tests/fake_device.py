@@ -96,9 +96,12 @@ class FakeDevice:
         finally:
             self._on = None
 
-    def copy(self, out: torch.Tensor, data: torch.Tensor, stream: FakeStream) -> None:
-        assert self._on is stream, "a copy outside of its stream"
-        self._enqueue(stream, lambda: out.copy_(data))
+    def copier(self, out: torch.Tensor, data: torch.Tensor) -> Callable[[], None]:
+        def copy() -> None:
+            assert self._on is not None, "a copy outside of its stream"
+            self._enqueue(self._on, lambda: out.copy_(data))
+
+        return copy
 
     def fill(self, out: torch.Tensor, value: int, stream: FakeStream) -> None:
         self._enqueue(stream, lambda: out.fill_(value))

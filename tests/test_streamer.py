@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -233,9 +233,14 @@ class Noting:
     def check(self) -> None:
         self.checks += 1
 
-    def copy(self, block: int, tensor: int, out: torch.Tensor, stream: FakeStream) -> None:
-        self.copied.append((block, tensor))
-        self._source.copy(block, tensor, out, stream)
+    def copier(self, block: int, tensor: int, out: torch.Tensor, stream: FakeStream) -> Callable[[], None]:
+        made = self._source.copier(block, tensor, out, stream)
+
+        def copy() -> None:
+            self.copied.append((block, tensor))
+            made()
+
+        return copy
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._source, name)
@@ -300,6 +305,49 @@ def test_views_stay_where_they_are() -> None:
             seen[-1] += [view.data_ptr() for view in streamer.wait(block).values()]
             streamer.release(block)
     assert seen[0] == seen[1] == seen[2]
+
+
+class CountingDevice(FakeDevice):
+    """Counts what the computing thread asks of the device."""
+
+    def __init__(self) -> None:
+        super().__init__("late")
+        self.asked: list[str] = []
+
+    def compute_stream(self) -> FakeStream:
+        self.asked.append("which stream")
+        return super().compute_stream()
+
+    def record(self, event: FakeEvent, stream: FakeStream) -> None:
+        self.asked.append(f"record on {stream.name.split()[0]}")
+        super().record(event, stream)
+
+    def wait(self, stream: FakeStream, event: FakeEvent) -> None:
+        self.asked.append(f"wait on {stream.name.split()[0]}")
+        super().wait(stream, event)
+
+    def copier(self, out: torch.Tensor, data: torch.Tensor) -> Callable[[], None]:
+        self.asked.append("copier")
+        return super().copier(out, data)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_block_costs_two_events_and_one_without_copies_none(seed: int) -> None:
+    plan, device = tight_plan(seed), CountingDevice()
+    model = Model(plan, device)
+    for _ in range(3):
+        model.step()
+    streaming, waited = 0, 0
+    for block in range(len(plan.blocks)):
+        device.asked.clear()
+        model.block(block)
+        streams = int(bool(plan.streamed(block)))
+        for what in ("which stream", "wait on compute", "record on compute"):
+            assert device.asked.count(what) == streams, (block, device.asked)
+        assert "copier" not in device.asked, "what a copy needs is made once"
+        streaming, waited = streaming + streams, waited + device.asked.count("wait on copy")
+    assert waited <= streaming, "the copies wait for a block that computed more than once"
+    model.check()
 
 
 def test_poison_spoils_what_is_used_after_its_release() -> None:

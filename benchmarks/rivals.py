@@ -1,0 +1,292 @@
+"""The pack's streaming against other libraries that run a model larger than VRAM, on one network in one process.
+
+    python benchmarks/rivals.py --work DIR [--out results/rivals.json] [--layers 19 38] [--share 0.5] [ROW ...]
+
+The network is the transformer of FLUX.1 as diffusers has it, in bf16 with random weights; `--layers` is how many double
+and single blocks (FLUX has 19 and 38; a third of each has the same ratio of bytes to compute, and is set up in a third
+of the time). One picture of 1024 x 1024 with 512 tokens of text. Every row may hold `--share` of the weights in VRAM,
+with room for the activations beside; torch's allocator refuses more. Rows take turns (A B A B):
+
+    resident    all in VRAM, without a limit: the floor
+    sluice      the plan, ring and page cache of this pack's Block Swap, on diffusers' modules
+    group       diffusers' group offload: block by block on a stream of its own, from pinned memory
+    group leaf  the same layer by layer
+    mmgp        mmgp with pinned memory and asynchronous transfers; its budget is set to half, because it uses it twice
+    flextensor  NVIDIA's FlexTensor in its memory mode, after the passes in which it profiles
+
+The file of the weights is written to DIR when it is missing. diffusers, mmgp (with optimum-quanto and accelerate) and
+flextensor must be installed for their rows; a row that fails says why. Needs an NVIDIA GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+import traceback
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+pack = types.ModuleType("pack")
+pack.__path__ = [str(Path(__file__).resolve().parents[1])]
+sys.modules["pack"] = pack
+
+from pack.offload.blocks import find_blocks  # noqa: E402
+from pack.offload.costs import SwapRequest  # noqa: E402
+from pack.offload.files import StoredFile  # noqa: E402
+from pack.offload.residency import Residency, Terms  # noqa: E402
+
+PAGE = 4096
+ACTIVATIONS = 2.5e9  # bytes beside the weights: what a pass needs, with room for what the allocator cannot use
+WARM_UP, STEPS = 7, 5  # FlexTensor profiles in the first of them
+LISTS = ("transformer_blocks", "single_transformer_blocks")
+Step = Callable[[], torch.Tensor]
+report: dict[str, Any] = {}  # what the row that is set up says of itself
+
+
+class Weights:
+    """A file with the network's parameters, and networks over its mapping."""
+
+    def __init__(self, path: Path, layers: tuple[int, int]) -> None:
+        self._layers = layers
+        offset, self._offsets = 0, {}
+        for name, parameter in self._empty().named_parameters():
+            self._offsets[name] = offset
+            offset += -(-parameter.nbytes // PAGE) * PAGE
+        self.nbytes = offset
+        if not path.exists() or path.stat().st_size != offset:
+            self._write(path)
+        self._data = torch.from_file(str(path), shared=False, size=offset, dtype=torch.uint8)
+        self._stored = StoredFile.of(path)
+
+    def _empty(self) -> torch.nn.Module:
+        from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+
+        double, single = self._layers
+        with torch.device("meta"):
+            made = FluxTransformer2DModel(num_layers=double, num_single_layers=single, guidance_embeds=True)
+        return made.to(torch.bfloat16).eval().requires_grad_(False)
+
+    def _write(self, path: Path) -> None:
+        torch.manual_seed(0)
+        with path.open("wb") as file:
+            for name, parameter in self._empty().named_parameters():
+                file.seek(self._offsets[name])
+                scale = 0.5 if parameter.dim() < 2 else 0.6 / parameter.shape[-1] ** 0.5
+                values = torch.randn(parameter.shape, device="cuda", dtype=torch.bfloat16) * scale
+                file.write(values.cpu().reshape(-1).view(torch.uint8).numpy().data)
+            file.truncate(self.nbytes)
+
+    def network(self) -> torch.nn.Module:
+        """A network whose parameters are the mapping."""
+        network = self._empty()
+        for name, parameter in list(network.named_parameters()):
+            owner, _, leaf = name.rpartition(".")
+            start = self._offsets[name]
+            view = self._data[start : start + parameter.nbytes].view(torch.bfloat16).view(parameter.shape)
+            setattr(network.get_submodule(owner), leaf, torch.nn.Parameter(view, requires_grad=False))
+        return network
+
+    def located(self, tensor: torch.Tensor) -> tuple[StoredFile, int] | None:
+        offset = tensor.data_ptr() - self._data.data_ptr()
+        return (self._stored, offset) if 0 <= offset < self.nbytes else None
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    generator = torch.Generator("cuda").manual_seed(1)
+
+    def values(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+    tokens = torch.arange(4096, device="cuda")
+    places = torch.stack((torch.zeros_like(tokens), tokens // 64, tokens % 64), dim=1)
+    return {
+        "hidden_states": values(1, 4096, 64),
+        "encoder_hidden_states": values(1, 512, 4096) * 0.1,
+        "pooled_projections": values(1, 768) * 0.1,
+        "timestep": torch.tensor([0.5], device="cuda", dtype=torch.bfloat16),
+        "guidance": torch.tensor([3.5], device="cuda", dtype=torch.bfloat16),
+        "img_ids": places.to(torch.bfloat16),
+        "txt_ids": torch.zeros(512, 3, device="cuda", dtype=torch.bfloat16),
+    }
+
+
+@contextmanager
+def resident(weights: Weights, budget: int) -> Iterator[torch.nn.Module]:
+    yield weights.network().to("cuda")
+
+
+@contextmanager
+def sluice(weights: Weights, budget: int) -> Iterator[torch.nn.Module]:
+    network = weights.network()
+    residency = Residency(find_blocks(network), SwapRequest(min_free_vram_gb=0))
+    terms = Terms(
+        budget_bytes=budget,
+        most_bytes=budget,
+        pinned_budget_bytes=0,
+        may_pin=True,
+        located=weights.located,
+        dtype_of=lambda module, name: None,
+        account_pinned=lambda nbytes: None,
+        patched_by_host=lambda slot: False,
+    )
+    residency.arrange(network, torch.device("cuda"), terms)
+    residency.follow(residency)
+    try:
+        yield network
+        report["plan"], report["source"] = str(residency.plan), residency.choice and residency.choice.reason
+    finally:
+        residency.unfollow()
+        residency.leave()
+
+
+def group(level: str) -> Callable[..., Any]:
+    @contextmanager
+    def rows(weights: Weights, budget: int) -> Iterator[torch.nn.Module]:
+        from diffusers.hooks import apply_group_offloading
+
+        network = weights.network()
+        options = {"num_blocks_per_group": 1} if level == "block_level" else {}
+        apply_group_offloading(
+            network, torch.device("cuda"), torch.device("cpu"), level, non_blocking=True, use_stream=True,
+            record_stream=True, **options,
+        )  # fmt: skip
+        yield network
+
+    return rows
+
+
+@contextmanager
+def mmgp(weights: Weights, budget: int) -> Iterator[torch.nn.Module]:
+    from mmgp import offload
+
+    network = weights.network()
+    running = offload.all(
+        {"transformer": network}, pinnedMemory=True, quantizeTransformer=False, asyncTransfers=True,
+        budgets={"transformer": budget / 2 / (1 << 20)},
+    )  # fmt: skip
+    try:
+        yield network
+    finally:
+        running.release()
+        torch.set_default_device(None)  # it sets one, and every call of torch would look at it
+
+
+@contextmanager
+def flextensor(weights: Weights, budget: int) -> Iterator[torch.nn.Module]:
+    import flextensor as library
+
+    network = weights.network()
+    for name, child in network.named_children():
+        if name not in LISTS:
+            child.to("cuda")
+    total = torch.cuda.get_device_properties(0).total_memory
+    config = library.OffloadConfig(
+        include_patterns=[f"{name}.*" for name in LISTS],
+        max_gpu_mem_fraction=(budget + ACTIVATIONS) / total,
+        profiling_iters=3,
+    )
+    try:
+        yield library.offload(network, config)
+    finally:
+        library.release(preserve_model=False)
+
+
+ROWS: dict[str, Callable[..., Any]] = {
+    "resident": resident,
+    "sluice": sluice,
+    "group": group("block_level"),
+    "group leaf": group("leaf_level"),
+    "mmgp": mmgp,
+    "flextensor": flextensor,
+}
+
+
+def measure(name: str, weights: Weights, budget: int, given: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """One turn of one row."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    limit = 1.0 if name == "resident" else min(1.0, (budget + ACTIVATIONS) / total)
+    torch.cuda.set_per_process_memory_fraction(limit)
+    torch.cuda.reset_peak_memory_stats()
+    report.clear()
+    began = time.perf_counter()
+    with ROWS[name](weights, budget) as network:
+        times = []
+        for number in range(WARM_UP + STEPS):
+            started = time.perf_counter()
+            result = network(**given, return_dict=False)[0]
+            torch.cuda.synchronize()  # a sampler shows each step
+            times.append((time.perf_counter() - started) * 1e3)
+            if number == 0:
+                ready = time.perf_counter() - began
+        found = {
+            "steps_ms": times[WARM_UP:],
+            "first_s": ready,
+            "peak_gb": torch.cuda.max_memory_reserved() / 1e9,
+            "result": result.float().cpu(),
+        }
+        del network, result
+    return {**found, **report}
+
+
+def clean() -> None:
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    if hasattr(torch._C, "_host_emptyCache"):
+        torch._C._host_emptyCache()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", default=list(ROWS))
+    parser.add_argument("--work", type=Path, required=True, help="folder for the weights")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--layers", type=int, nargs=2, default=(19, 38))
+    parser.add_argument("--share", type=float, default=0.5, help="of the weights, that VRAM may hold")
+    parser.add_argument("--rounds", type=int, default=2)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    with torch.inference_mode(False), torch.no_grad():
+        weights = Weights(args.work / f"rivals-{args.layers[0]}-{args.layers[1]}.bin", tuple(args.layers))
+        budget, given = int(args.share * weights.nbytes), inputs()
+        gpu = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+        print(f"{gpu}; {args.layers} blocks, {weights.nbytes / 1e9:.2f} GB of weights, {budget / 1e9:.2f} GB of VRAM")
+        found: dict[str, dict[str, Any]] = {name: {"turns": []} for name in args.rows}
+        expected = None
+        for _ in range(args.rounds):
+            for name, row in found.items():
+                if "error" in row:
+                    continue
+                try:
+                    turn = measure(name, weights, budget, given)
+                except Exception as error:
+                    row["error"] = f"{type(error).__name__}: {error}"[:600]
+                    print(f"{name:12} failed: {row['error']}\n{traceback.format_exc(limit=-4)}", flush=True)
+                    clean()
+                    continue
+                result = turn.pop("result")
+                expected = result if expected is None else expected
+                turn["difference"] = float((result - expected).norm() / expected.norm())
+                row["turns"].append(turn)
+                clean()
+                print(
+                    f"{name:12} step {median(turn['steps_ms']):8.1f} ms  first result {turn['first_s']:5.1f} s  peak "
+                    f"{turn['peak_gb']:5.2f} GB  difference {turn['difference']:.1e}",
+                    *(turn[key] for key in ("plan", "source") if key in turn), sep="\n    ", flush=True,
+                )  # fmt: skip
+    if args.out:
+        facts = {"hardware": gpu, "layers": args.layers, "weights_bytes": weights.nbytes, "budget_bytes": budget}
+        args.out.write_text(json.dumps({**facts, "rows": found}, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
