@@ -12,8 +12,10 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .read import AdapterFile, read
+if TYPE_CHECKING:
+    from .read import AdapterFile
 
 Identity = tuple[str, int, int, int]
 
@@ -48,6 +50,8 @@ class AdapterCache:
         Raises:
             LoraError: as `read` does.
         """
+        from .read import read  # late: the node that owns a cache is imported when ComfyUI starts
+
         with self._lock:
             identity = _identity(path)
             if identity in self._files:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,19 @@ from ..loaders import compat
 from ..loaders.diffusion import ATTACHMENT
 from ..loaders.gguf.reader import GGUFFile
 from ..loaders.ops import MappedLayer
-from ..loaders.patcher import PatchingAtUse, patching_class, restore
+from ..loaders.patcher import check_files, patching_class, restore
+from ..loaders.progress import watched
 from ..loaders.tensors import reopened
+from .attach_adapters import StreamingAdapters, adapter_stream_of
 from .blocks import Block, find_blocks
 from .costs import SwapRequest
 from .files import StoredFile
-from .residency import Residency, Terms
+from .plan import BudgetTooSmallError
+from .residency import Residency
 from .shelf import Shelf
 from .slots import twin
+from .terms import Foreseen, Terms
+from .unified import IN_PLACE
 
 log = logging.getLogger("sluice.offload")
 
@@ -60,6 +66,7 @@ def apply_block_swap(model: ModelPatcher, request: SwapRequest) -> ModelPatcher:
         residency.shelf = None  # from now on two networks look at the mapping
     network = twin(model.model, compat.dynamic_state(model.model))
     compat.forget_dynamic_state(network)
+    network.__dict__.pop(IN_PLACE, None)  # what streams is not used in place
     _cast_where_dtypes_differ(network)
     network.device = model.offload_device
     empty = tuple(type(container)() for container in model.get_clone_model_override()[1])
@@ -69,15 +76,17 @@ def apply_block_swap(model: ModelPatcher, request: SwapRequest) -> ModelPatcher:
     clone.clone_base_uuid = uuid.uuid4()
     clone.hook_backup = {}
     clone.is_injected = False
+    if others := clone.additional_models.get("multigpu"):  # each is to be a model like this one, for another GPU
+        clone.set_additional_models("multigpu", [apply_block_swap(other, request) for other in others])
     return _streamed(clone, request, None)
 
 
-def default_request() -> SwapRequest | None:
-    """What a model gets for which nobody asked for Block Swap: on an NVIDIA GPU it is faster at equal VRAM than the
-    host's own two ways (benchmarks/results/block_swap_h200.txt); elsewhere nothing was measured, and None leaves the
-    model to the host."""
+def default_request(request: SwapRequest) -> SwapRequest | None:
+    """What a model gets for which nobody asked for Block Swap: on an NVIDIA GPU `request`, for it is faster at equal
+    VRAM than the host's own two ways (benchmarks/results/block_swap_h200.txt); elsewhere nothing was measured, and
+    None leaves the model to the host."""
     device = comfy.model_management.get_torch_device()
-    return SwapRequest() if device.type == "cuda" and torch.version.cuda else None
+    return request if device.type == "cuda" and torch.version.cuda else None
 
 
 def can_stream(model: ModelPatcher) -> bool:
@@ -158,11 +167,15 @@ def _loaded_again(init: tuple, request: SwapRequest, disable_dynamic: bool = Tru
 def _inject(patcher: ModelPatcher) -> None:
     if (residency := residency_of(patcher)) is not None:
         residency.follow(patcher)
+    if (adapters := adapter_stream_of(patcher.model)) is not None:
+        adapters.follow(patcher)
 
 
 def _eject(patcher: ModelPatcher) -> None:
     if (residency := residency_of(patcher)) is not None:
         residency.unfollow(patcher)  # a clone that was never loaded may go while another runs
+    if (adapters := adapter_stream_of(patcher.model)) is not None:
+        adapters.unfollow(patcher)
 
 
 def _before_run(patcher: ModelPatcher) -> None:
@@ -175,9 +188,11 @@ def _after_run(patcher: ModelPatcher) -> None:
     residency = residency_of(patcher)
     if residency is not None:
         residency.restore()
+    if (adapters := adapter_stream_of(patcher.model)) is not None:
+        adapters.restore()
 
 
-class StreamedPatcher(PatchingAtUse):
+class StreamedPatcher(StreamingAdapters):
     """Mixed in before the host's classic patcher."""
 
     @property
@@ -194,17 +209,23 @@ class StreamedPatcher(PatchingAtUse):
         device = torch.device(self.load_device if device_to is None else device_to)
         self._load_within(device, *self._budget(device, UNLIMITED if full_load else lowvram_model_memory))
 
-    def _load_within(self, device: torch.device, budget: int, most: int) -> None:
+    def _load_within(self, device: torch.device, budget: int, most: int, foreseen: Foreseen | None = None) -> None:
+        check_files(self.model)
         with self.use_ejected():
             self.unpatch_hooks()
-            self._residency.arrange(self.model, device, self._terms(budget, most))
-            self._patch_streamed(device)
-            # Saving reads the weights one by one and patches them then, so the host need not force patches on them.
-            super().load(device, lowvram_model_memory=1e32, force_patch_weights=False, full_load=False)
+            if foreseen is not None:
+                self._residency.arrange(self.model, device, self._terms(budget, most), foreseen)
+            else:
+                arrange = self._residency.arrange
+                self.beside_adapters(device, lambda: arrange(self.model, device, self._terms(budget, most)))
+            with self.adapters_at_home():
+                self._patch_streamed(device)
+                # Saving reads the weights one by one and patches them then: the host need not force patches on them.
+                super().load(device, lowvram_model_memory=1e32, force_patch_weights=False, full_load=False)
             self._residency.adopt()
             self._residency.close_file()
             self.model.model_lowvram = True  # so that the host undoes what was done to the layers' functions
-            self.model.model_loaded_weight_memory = self._residency.vram_bytes
+            self.model.model_loaded_weight_memory = self._residency.vram_bytes + self.adapter_bytes
 
     def _load_list(self, *args: Any, **kwargs: Any) -> list:
         """The host's own loading goes over what is resident."""
@@ -220,17 +241,22 @@ class StreamedPatcher(PatchingAtUse):
             changed = current is not None and current != self.patches_uuid
             used = self.model.model_loaded_weight_memory
             self._residency.unfollow()
+            if changed:
+                self.keep_adapters()
             self.unpatch_model(None, unpatch_weights=changed)  # nothing leaves the device for that
             self.patch_model(load_weights=False)
             budget, most = self._budget(device_to, used + extra_memory)
+            foreseen = None
             if current is not None and not changed:
-                if self._residency.keeps(device_to, self._terms(budget, most)):
+                with suppress(BudgetTooSmallError):  # the LoRAs can make room, or else loading says so
+                    foreseen = self._residency.foresee(device_to, self._terms(budget, most))
+                if foreseen is not None and foreseen.kept:
                     self.apply_hooks(self.forced_hooks, force_apply=True)
                     return 0
                 self.unpatch_model(None, unpatch_weights=True)
                 self.patch_model(load_weights=False)
             try:
-                self._load_within(device_to, budget, most)
+                self._load_within(device_to, budget, most, foreseen)
             except BaseException:
                 self.detach()
                 raise
@@ -243,7 +269,7 @@ class StreamedPatcher(PatchingAtUse):
         large, and the host then unloads the model."""
         used = self.model.model_loaded_weight_memory
         budget = int(used - memory_to_free)
-        if not self._residency.could_fit(budget):
+        if not self._residency.could_fit(budget - self.least_adapter_bytes):
             return 0
         with self.use_ejected():
             self.unpatch_hooks()
@@ -256,6 +282,9 @@ class StreamedPatcher(PatchingAtUse):
                 # The weights' file is gone, for instance. That is no business of the model that needs the room.
                 log.warning("%s cannot give up a part of its memory, so it gives up all: %s", name, error)
                 return 0
+            except BaseException:  # the user cancelled
+                self.detach()
+                raise
         return used - self.model.model_loaded_weight_memory
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
@@ -267,11 +296,14 @@ class StreamedPatcher(PatchingAtUse):
             self._residency.disown()
             self.model.model_loaded_weight_memory = self._residency.vram_bytes
         if device_to is not None and unpatch_weights:
+            self.keep_adapters()
             self._residency.leave()
             if self._residency.at_home:
                 self.model.to(device_to)  # what is not ours: object patches that brought weights of their own
             self.model.device = device_to
             self.model.model_loaded_weight_memory = 0
+
+    def _read_ahead(self, device: torch.device) -> None: ...  # the residency does, for what it needs
 
     def _hooked_at_use(self, key: str) -> bool:
         module, _, name = key.rpartition(".")
@@ -302,15 +334,17 @@ class StreamedPatcher(PatchingAtUse):
         for key in self.patches:
             module, _, name = key.rpartition(".")
             patched.add((id(comfy.utils.get_attr(self.model, module)), name))
+        adapters = self.budgeted_adapter_bytes
         return Terms(
-            budget_bytes=budget,
-            most_bytes=most,
+            budget_bytes=max(0, budget - adapters),
+            most_bytes=max(0, most - adapters),
             pinned_budget_bytes=compat.pinned_memory_left(),
             may_pin=compat.may_pin_memory(),
             located=located,
             dtype_of=_declared_dtype,
             account_pinned=compat.account_pinned,
             patched_by_host=lambda slot: any((id(module), name) in patched for module, name in slot.owners),
+            watch=watched,
         )
 
     def _patch_streamed(self, device: torch.device) -> None:

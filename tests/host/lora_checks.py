@@ -21,8 +21,13 @@ from pack.loaders.low_rank import WAYS
 from pack.loaders.patch_at_use import LowRankAtUse
 from pack.lora.apply import ATTACHMENT, Applied, apply
 from pack.lora.read import AdapterFile, LoraError, read
+from pack.offload.adapters import Adapters, AdapterStream
 from pack.offload.attach import apply_block_swap, residency_of
+from pack.offload.attach_adapters import BEYOND, STREAM
+from pack.offload.blocks import Block
 from pack.offload.costs import SwapRequest
+from pack.offload.device import device_for
+from pack.offload.plan import BudgetTooSmallError
 from safetensors.torch import load_file, save_file
 
 LORA = FOLDER / "lora.safetensors"
@@ -241,6 +246,62 @@ def check_streamed_models_go_every_way() -> None:
         swapped = apply_block_swap(before, SwapRequest(blocks_to_swap=2))
         assert torch.equal(latent(swapped, steps=1), expected), way
         assert torch.equal(latent(streamed, steps=1), plain), way
+
+
+def check_loras_stream_with_their_blocks() -> None:
+    """On a CPU LoRAs are used where they lie, so there they are made to stream."""
+    if MODE != "classic" and not ON_GPU:
+        return
+    patcher = load_diffusion_model(GGUF)
+    streamed = apply_block_swap(load_diffusion_model(GGUF), SwapRequest(blocks_to_swap=4))
+    latent(streamed, steps=1)
+    network, residency = streamed.model, residency_of(streamed)
+    for way in WAYS if ON_GPU else ("runtime",):
+        expected, plain = latent(adapted(patcher, way), steps=1), latent(patcher, steps=1)
+        ours = adapted(streamed, way)
+        functions: dict = {}
+        for name, found in ours.weight_wrapper_patches.items():
+            functions.setdefault(network.get_submodule(name.removesuffix(".weight")), []).extend(found)
+        blocks = [Block(name, network.diffusion_model.get_submodule(name)) for name in residency.names]
+        adapters = Adapters.of(blocks, functions)
+        assert len(adapters.blocks) == 4 and adapters.least_bytes < adapters.nbytes
+        locked: list[int] = []
+        comfy.model_management.load_models_gpu([ours])
+        with network.__dict__.setdefault(STREAM, AdapterStream(
+            adapters, device_for(ours.load_device), 1 << 30, True, locked.append
+        )).at_home():  # fmt: skip
+            for function in (f for _, found in adapters.blocks for f in found):
+                function.move_to(CPU)
+                assert not function.move_to(ours.load_device) or not ON_GPU, "it was copied to the device"
+        stream = network.__dict__[STREAM]
+        for _ in range(2):
+            assert torch.equal(latent(ours, steps=1), expected), way
+        assert len(stream._over) == 4, "the ring was not used"
+        assert torch.equal(latent(streamed, steps=1), plain), way
+        assert STREAM not in network.__dict__ and sum(locked) == 0, "the stream outlived its LoRA"
+        assert not any(f._moved for _, found in adapters.blocks for f in found if ON_GPU)
+
+
+def check_a_budget_pays_for_loras_too() -> None:
+    if not ON_GPU:
+        return
+    patcher = load_diffusion_model(GGUF)
+    for way in WAYS:
+        expected, plain = latent(adapted(patcher, way), steps=1), latent(patcher, steps=1)
+        for megabytes in (2.0, 1.0, 0.5, 0.1):
+            request = SwapRequest(vram_budget_gb=megabytes / 1000)
+            try:
+                streamed = apply_block_swap(load_diffusion_model(GGUF), request)
+                alone = latent(streamed, steps=1)
+            except BudgetTooSmallError:
+                continue
+            assert torch.equal(alone, plain)
+            ours = adapted(streamed, way)
+            for _ in range(2):
+                assert torch.equal(latent(ours, steps=1), expected), (way, megabytes)
+                used = ours.model.model_loaded_weight_memory
+                assert used <= megabytes * 1e6 or BEYOND in ours.model.__dict__, (way, megabytes, used)
+            assert torch.equal(latent(streamed, steps=1), plain), (way, megabytes)
 
 
 # --- memory and loading
