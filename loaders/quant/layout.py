@@ -172,6 +172,13 @@ def _t(qt: QuantizedTensor, args: tuple, kwargs: dict) -> QuantizedTensor:
     return with_params(qt, orig_shape=params.orig_shape[::-1], transposed=not params.transposed)
 
 
+@register_layout_op(torch.ops.aten.to.device, GGUFLayout)
+def _to(qt: QuantizedTensor, args: tuple, kwargs: dict) -> QuantizedTensor:
+    """`weight.to(x)` in inference mode, which is how the host prepares a table of words to be multiplied by."""
+    weight, device, dtype = args[:3]
+    return weight.to(device=device).to(dtype=dtype)
+
+
 @register_layout_op(torch.ops.aten.slice.Tensor, GGUFLayout)
 def _slice(qt: QuantizedTensor, args: tuple, kwargs: dict) -> torch.Tensor:
     dim, start, stop, step = args[1:] + (0, None, None, 1)[len(args) - 1 :]

@@ -1,0 +1,393 @@
+"""A picture in too little VRAM: what Offload Mode's modes cost against every stage alone with all VRAM free.
+
+    python benchmarks/stages.py --work DIR --out results/stages.json [--free 10] [--steps 20] [MODE ...]
+
+A text encoder of T5-XXL's shapes and a diffusion model of FLUX.1's, both Q8_0 by the pack's loaders, and FLUX's VAE
+make a picture of 1024 x 1024: 256 tokens, 20 steps, decode. With `--free` GB of VRAM (an allocation outside torch holds
+the rest) no two of the first two fit together, and the diffusion model does not fit at all. Measured are, each mode
+and `alone` in processes of their own, `alone` first and last:
+
+    alone      all VRAM is free; before each stage everything is unloaded, so a stage is loading its model and its work
+    MODE       the next pictures of a queue, from the text to the pixels, after one that warms up
+    switch     from the beginning of a stage to its model being loaded, with what had to leave: its bytes on the device
+               over that time, beside the rate of one copy from pinned memory
+    dispose    the process's memory before the two models are loaded (the VAE, of the host's own loader, has run then),
+               in use, and after Release Memory has disposed of all; in the first mode, once more
+
+The files are random with finite scales and are written to DIR when they are missing (18 GB). PYTHONPATH must hold
+ComfyUI and its packages; `dev.py bench` sees to that. `--small` has small networks and
+runs on a CPU, to try the script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ctypes
+import gc
+import importlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+MODES = ("cond_diffusion", "cond_only", "aggressive", "layer_streaming", "none")
+STAGES = ("text", "sample", "decode")
+WORDS = "a lighthouse on a cliff above a stormy sea, oil on canvas, " * 15  # about 256 tokens
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is drawn with: the text encoder's type in the host, the diffusion model's blocks, the latent's side."""
+
+    text: str
+    clip_type: str
+    blocks: tuple[int, int]
+    side: int
+
+
+SIZES = {False: Size("t5_xxl", "chroma", (19, 38), 128), True: Size("t5_base", "stable_audio", (1, 1), 8)}
+
+
+def make_files(folder: Path, size: Size) -> tuple[Path, Path]:
+    """The two GGUF files; written when they are missing. In the host."""
+    import _model_files as files
+
+    text, diffusion = folder / f"{size.text}_q8_0.gguf", folder / f"flux_{sum(size.blocks)}_q8_0.gguf"
+    for path, architecture, shapes in (
+        (text, "t5", lambda: getattr(files, size.text)()),
+        (diffusion, "flux", lambda: files.flux(*size.blocks)),
+    ):
+        if not path.exists():
+            partial = path.with_suffix(".part")
+            files.write(partial, files.Type.Q8_0, architecture, shapes())
+            partial.rename(path)
+    return text, diffusion
+
+
+def load_both(folder: Path, size: Size) -> tuple[Any, Any]:
+    """CLIP and MODEL, by the nodes as the host finds them."""
+    import folder_paths
+
+    host_nodes = importlib.import_module("nodes")
+    text, diffusion = make_files(folder, size)
+    for kind in ("diffusion_models", "text_encoders"):
+        folder_paths.add_model_folder_path(kind, str(folder))
+    if "SluiceCLIPLoader" not in host_nodes.NODE_CLASS_MAPPINGS:
+        assert asyncio.run(host_nodes.load_custom_node(str(HERE.parent))), "the pack does not load"
+    node = {name: host_nodes.NODE_CLASS_MAPPINGS[f"Sluice{name}"] for name in ("CLIPLoader", "DiffusionModelLoader")}
+    clip = node["CLIPLoader"].execute(clip_name1=text.name, type=size.clip_type).args[0]
+    model = node["DiffusionModelLoader"].execute(model_name=diffusion.name).args[0]
+    return clip, model
+
+
+def autoencoder() -> dict[str, Any]:
+    """FLUX's VAE with the values that its layers begin with."""
+    import torch
+    from comfy.ldm.models.autoencoder import AutoencodingEngine
+
+    sizes = {
+        "double_z": True, "z_channels": 16, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128,
+        "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    half = "comfy.ldm.modules.diffusionmodules.model"
+    network = AutoencodingEngine(
+        regularizer_config={"target": "comfy.ldm.models.autoencoder.DiagonalGaussianRegularizer"},
+        encoder_config={"target": f"{half}.Encoder", "params": sizes},
+        decoder_config={"target": f"{half}.Decoder", "params": sizes},
+    )
+    made = {name: torch.empty_like(value) for name, value in network.state_dict().items()}
+    for name, value in made.items():
+        if value.dim() < 2:
+            value.fill_(float(name.endswith("weight")))
+        else:
+            torch.nn.init.kaiming_uniform_(value, a=5**0.5)
+    return made
+
+
+class Studio:
+    """Makes pictures and notes when what began and how much was loaded for it."""
+
+    def __init__(self, clip: Any, model: Any, vae: Any, size: Size, steps: int) -> None:
+        import comfy.model_management
+
+        self.clip, self.model, self.vae, self.size, self.steps = clip, model, vae, size, steps
+        self.seconds: dict[str, float] = {}
+        self.switches: list[dict] = []
+        self._began, self._stage = 0.0, ""
+        self._work: dict[str, Callable[[Any], Any]] = {
+            "text": self._text, "sample": self._sample, "decode": self._decode,
+        }  # fmt: skip
+        self._load = comfy.model_management.load_models_gpu
+        comfy.model_management.load_models_gpu = self._loading
+
+    def _loading(self, models: Any, *args: Any, **kwargs: Any) -> Any:
+        result = self._load(models, *args, **kwargs)
+        synchronize()
+        loaded = sum(int(model.loaded_size()) for model in models)
+        took = time.perf_counter() - self._began
+        self.switches.append({"to": self._stage, "seconds": took, "bytes": loaded})
+        return result
+
+    def stage(self, name: str, given: Any) -> Any:
+        self._stage, self._began = name, time.perf_counter()
+        result = self._work[name](given)
+        synchronize()
+        self.seconds[name] = time.perf_counter() - self._began
+        return result
+
+    def picture(self) -> Any:
+        result = None
+        for name in STAGES:
+            result = self.stage(name, result)
+        return result
+
+    def _text(self, _: Any) -> Any:
+        return self.clip.encode_from_tokens(self.clip.tokenize(WORDS))
+
+    def _sample(self, text: Any) -> Any:
+        import comfy.sample
+        import torch
+
+        side = self.size.side
+        noise = torch.randn(1, 16, side, side, generator=torch.Generator().manual_seed(0))
+        wide = torch.nn.functional.pad(text.float().cpu(), (0, 4096 - text.shape[-1])).clamp(-1, 1)
+        condition = [[wide, {"pooled_output": torch.zeros(1, 768), "guidance": 3.5}]]
+        return comfy.sample.sample(
+            self.model, noise, self.steps, 1.0, "euler", "simple", condition, condition, torch.zeros_like(noise),
+            disable_pbar=True, seed=1,
+        )  # fmt: skip
+
+    def _decode(self, latent: Any) -> Any:
+        return self.vae.decode(latent)
+
+
+def synchronize() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def memory_mb() -> dict[str, float]:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return {line.split(":")[0]: int(line.split()[1]) / 1e3 for line in lines if line.startswith("Rss")}
+
+
+def copies_gb_s() -> float:
+    """The rate of a copy of 1 GiB from pinned memory; the median of some."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return float("nan")
+    source = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=True)
+    target, times = torch.empty_like(source, device="cuda"), []
+    for _ in range(5):
+        start = time.perf_counter()
+        target.copy_(source, non_blocking=True)
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return source.nbytes / median(times) / 1e9
+
+
+def hold_back(free_gb: float) -> None:
+    """Take away all VRAM but so much."""
+    import torch
+
+    if not torch.cuda.is_available() or not free_gb:
+        return
+    torch.zeros(1, device="cuda")
+    available, _ = torch.cuda.mem_get_info()
+    runtime = ctypes.CDLL(f"libcudart.so.{str(torch.version.cuda).split('.')[0]}")
+    ballast = ctypes.c_void_p()
+    assert runtime.cudaMalloc(ctypes.byref(ballast), ctypes.c_size_t(int(available - free_gb * 1e9))) == 0
+
+
+def start_host(args: argparse.Namespace) -> None:
+    if not args.small:
+        import flux_step
+
+        return flux_step.start_host(args.dynamic)
+    sys.argv = ["main.py", "--cpu"]
+    import comfy.options
+
+    return comfy.options.enable_args_parsing()
+
+
+def worker(case: str, args: argparse.Namespace) -> dict:
+    start_host(args)
+    import torch
+
+    with torch.inference_mode():  # as the host runs its nodes
+        return measured(case, args)
+
+
+def measured(case: str, args: argparse.Namespace) -> dict:
+    import comfy.sd
+    import torch
+
+    size, link = SIZES[args.small], copies_gb_s()
+    torch.cuda.empty_cache()
+    hold_back(0 if case == "alone" else args.free)
+    vae = comfy.sd.VAE(sd=autoencoder())
+    vae.decode(torch.zeros(1, 16, size.side, size.side))  # CUDA's libraries are loaded, too
+    unload_all()
+    before = memory_mb()
+    clip, model = load_both(args.work, size)
+    attached = importlib.import_module("nodes").NODE_CLASS_MAPPINGS["SluiceOffloadMode"]
+    if case != "alone":
+        model, clip, vae = attached.execute(mode=case, model=model, clip=clip, vae=vae).args
+    studio = Studio(clip, model, vae, size, args.steps)
+    image = studio.picture()
+    assert bool(image.isfinite().all()), "the picture has no numbers"
+    result: dict[str, Any] = {"case": case, "link_gb_s": link, "pictures": []}
+    for _ in range(args.pictures):
+        studio.switches.clear()
+        if case == "alone":
+            result["pictures"].append(alone(studio))
+            continue
+        start = time.perf_counter()
+        again = studio.picture()
+        result["pictures"].append({**studio.seconds, "total": time.perf_counter() - start})
+        assert torch.equal(again, image), "the same picture came out differently"
+    result["switches"] = list(studio.switches)
+    result["memory_mb"] = {"before": before, **disposed(studio, again=case == MODES[0])}
+    if torch.cuda.is_available():
+        result["peak_reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
+    return result
+
+
+def unload_all() -> None:
+    import comfy.model_management as management
+
+    management.unload_all_models()
+    management.soft_empty_cache()
+
+
+def alone(studio: Studio) -> dict[str, float]:
+    """Seconds of each stage with its model to be loaded first and nothing else there; and again, loaded."""
+    result, given = {}, None
+    for name in STAGES:
+        unload_all()
+        made = studio.stage(name, given)
+        result[name] = studio.seconds[name]
+        studio.stage(name, given)
+        result[f"{name}_loaded"] = studio.seconds[name]
+        given = made
+    result["total"] = sum(result[name] for name in STAGES)
+    result["total_loaded"] = sum(result[f"{name}_loaded"] for name in STAGES)
+    return result
+
+
+def disposed(studio: Studio, again: bool) -> dict[str, dict[str, float]]:
+    """Memory while the last models are loaded, after disposing of everything, and after doing both again."""
+    release = importlib.import_module("nodes").NODE_CLASS_MAPPINGS["SluiceReleaseMemory"]
+    found = {}
+    for which in ("", " again")[: 1 + again]:
+        if which:
+            studio.picture()
+        found[f"in use{which}"] = memory_mb()
+        release.execute(anything=None, what="all", how="dispose")
+        gc.collect()
+        found[f"disposed{which}"] = memory_mb()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("modes", nargs="*", default=MODES)
+    parser.add_argument("--work", type=Path, required=True, help="folder for the model files")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--free", type=float, default=10, help="GB of VRAM to leave")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--pictures", type=int, default=2, help="how many are measured, after one to warm up")
+    parser.add_argument("--dynamic", action="store_true", help="with the host's dynamic VRAM")
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--role", choices=("worker", "make"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.role == "make":
+        start_host(args)
+        make_files(args.work, SIZES[args.small])
+        return
+    if args.role == "worker":
+        case = args.modes[0]
+        args.out.write_text(json.dumps(worker(case, args)), encoding="utf-8")
+        return
+    args.work.mkdir(parents=True, exist_ok=True)
+    found: list[dict] = []
+    for case in ("make", "alone", *args.modes, "alone"):
+        answer = args.work / "answer.json"
+        answer.unlink(missing_ok=True)
+        role = "make" if case == "make" else "worker"
+        options = ["--role", role, "--work", str(args.work), "--out", str(answer), "--free", str(args.free)]
+        options += [
+            "--steps",
+            str(args.steps),
+            *(f"--{dial}" for dial in ("small", "dynamic") if vars(args)[dial]),
+            case,
+        ]
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, str(Path(__file__).resolve()), *options], capture_output=True, text=True)
+        print(f"{case}: {time.perf_counter() - start:.0f} s in all", flush=True)
+        if role == "make":
+            assert done.returncode == 0, done.stderr[-3000:]
+        elif answer.exists():
+            found.append(json.loads(answer.read_text(encoding="utf-8")))
+            print(told(found[-1]), flush=True)
+        else:
+            print(f"failed\n{done.stderr[-3000:]}", flush=True)
+    print(compared(found), flush=True)
+    report = {"hardware": hardware(), "free_gb": args.free, "steps": args.steps, "command": " ".join(sys.argv)}
+    args.out.write_text(json.dumps({**report, "results": found}, indent=1), encoding="utf-8")
+
+
+def told(found: dict) -> str:
+    pictures = [
+        "  " + "  ".join(f"{name} {seconds * 1e3:7.1f} ms" for name, seconds in picture.items())
+        for picture in found["pictures"]
+    ]
+    link = found["link_gb_s"]
+    switches = []
+    for one in found["switches"]:
+        rate = one["bytes"] / one["seconds"] / 1e9
+        if one["bytes"] > 1e8:
+            switches.append(
+                f"  to {one['to']:7} {one['bytes'] / 1e9:5.2f} GB in {one['seconds'] * 1e3:6.1f} ms: {rate:5.1f} GB/s, "
+                f"{link / rate:.2f} x the copy at {link:.1f} GB/s"
+            )
+    memory = [
+        f"  {when}: " + ", ".join(f"{kind} {size:.0f} MB" for kind, size in at.items())
+        for when, at in found["memory_mb"].items()
+    ]
+    return "\n".join([*pictures, *switches, *memory, f"  peak {found.get('peak_reserved_gb', 0):.2f} GB reserved"])
+
+
+def compared(found: list[dict]) -> str:
+    alone = [picture for one in found if one["case"] == "alone" for picture in one["pictures"]]
+    if not alone:
+        return ""
+    whole, loaded = (median(picture[name] for picture in alone) for name in ("total", "total_loaded"))
+    lines = [f"alone: {whole:.3f} s with loading, {loaded:.3f} s loaded already"]
+    for one in found:
+        if one["case"] != "alone":
+            total = median(picture["total"] for picture in one["pictures"])
+            lines.append(f"{one['case']:16} {total:.3f} s = {total / whole:.3f} x alone, {total / loaded:.3f} x loaded")
+    return "\n".join(lines)
+
+
+def hardware() -> str:
+    import flux_step
+    import torch
+
+    return flux_step.hardware() if torch.cuda.is_available() else "CPU"
+
+
+if __name__ == "__main__":
+    main()
