@@ -32,7 +32,7 @@ from .fit import INCOMPLETE_MODEL, built, fill_missing, host_builds, make_plain_
 from .gguf.errors import shown
 from .gguf.reader import GGUFError, GGUFFile
 from .ops import make_ops
-from .patcher import patching_at_use
+from .patcher import check_files_of, patching_at_use
 from .tensors import state_dict, with_plain_projections
 
 log = logging.getLogger("sluice.loaders")
@@ -76,6 +76,7 @@ def load_diffusion_model(
     model.cached_patcher_init = (load_diffusion_model, (str(path), compute_dtype))
     model.set_attachments(ATTACHMENT, described(file))
     model.add_callback(CallbacksMP.ON_PRE_RUN, partial(_check_file, file))
+    check_files_of(model.model, [file])
     log.info("loaded %r", model.get_attachment(ATTACHMENT))
     return model
 

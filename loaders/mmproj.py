@@ -7,14 +7,15 @@ and joined to it. Which one belongs to it its metadata tell: the kind of project
 Names decide between several (two quant types of the same, or the files of two sizes that are equally wide).
 
 What the converter took apart is put together: q, k and v of an attention, and the two time steps of a patch
-embedding. Both are small, and the copies are all that joining costs.
+embedding. What it made a convolution of (Gemma 4) becomes a matrix again. All are small, and the copies are all that
+joining costs. The part that hears, in the same file, is left out.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,7 +27,9 @@ from .tensors import state_dict
 
 WORD = "mmproj"  # what the name of such a file contains by custom
 
-_LAYER = re.compile(r"v\.(?P<list>blk|deepstack)\.(?P<index>\d+)\.(?P<part>\w+)\.(?P<kind>weight|bias)")
+_KIND = r"(?P<kind>weight|bias|(?:input|output)_(?:max|min))"
+_LAYER = re.compile(rf"v\.(?P<list>blk|deepstack)\.(?P<index>\d+)\.(?P<part>\w+)\.{_KIND}")
+_BOUNDS = ("_max", "_min")  # that a layer's input and output are held within
 _QKV = re.compile(r"(?P<before>v\.blk\.\d+\.attn_)(?P<which>[qkv])(?P<kind>\.(?:weight|bias))")
 
 CONVERT = "convert it again with an up-to-date llama.cpp, or use another conversion"
@@ -44,6 +47,10 @@ class Tower:
         joined_qkv: the host has q, k and v of an attention as one matrix.
         deepstack: what the mergers between layers begin with, numbered as they come.
         norm_shift: what the converter added to this norm's weight -> how much.
+        bounded: parts of a layer that are a matrix and its bounds, and the matrix is in a `linear` of its own.
+        bare: what is no part of a layer and, in the host, a parameter of its own without `.weight`.
+        flat_patches: the host has a matrix where the converter made a convolution of it.
+        unused: how the names begin of what the host has no use for, or of what hears.
     """
 
     projectors: tuple[str, ...]
@@ -53,6 +60,10 @@ class Tower:
     joined_qkv: bool = True
     deepstack: str = ""
     norm_shift: tuple[str, float] = ("", 0.0)
+    bounded: bool = False
+    bare: tuple[str, ...] = ()
+    flat_patches: bool = False
+    unused: tuple[str, ...] = ()
 
 
 _QWEN_BLOCK = {"attn_qkv": "attn.qkv", "attn_out": "attn.proj", "ln1": "norm1", "ln2": "norm2"}
@@ -80,6 +91,13 @@ _QWEN3 = Tower(
     },
     deepstack="visual.deepstack_merger_list.{}.",
 )
+# The same without mergers between layers; the host takes the prefix off again.
+_QWEN35 = replace(
+    _QWEN3,
+    layers=f"model.{_QWEN3.layers}",
+    whole={part: f"model.{name}" for part, name in _QWEN3.whole.items()},
+    deepstack="",
+)
 _DEEPSTACK = {"norm": "norm", "fc1": "linear_fc1", "fc2": "linear_fc2"}
 _GEMMA3 = Tower(
     ("gemma3",),
@@ -105,8 +123,41 @@ _GEMMA3 = Tower(
     norm_shift=("mm.soft_emb_norm.weight", 1.0),
 )
 
+_GEMMA4 = Tower(
+    ("gemma4v",),
+    "vision_model.encoder.layers.{}.",
+    {
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_out": "self_attn.o_proj",
+        "attn_q_norm": "self_attn.q_norm",
+        "attn_k_norm": "self_attn.k_norm",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+        "ln1": "input_layernorm",
+        "attn_post_norm": "post_attention_layernorm",
+        "ln2": "pre_feedforward_layernorm",
+        "ffn_post_norm": "post_feedforward_layernorm",
+    },
+    {
+        "v.patch_embd": "vision_model.patch_embedder.input_proj",
+        "v.position_embd": "vision_model.patch_embedder.position_embedding_table",
+        "mm.input_projection": "multi_modal_projector.embedding_projection",
+    },
+    joined_qkv=False,
+    bounded=True,
+    bare=("v.position_embd",),
+    flat_patches=True,
+    unused=("a.", "mm.a.", "v.std_"),
+)
+
 # `general.architecture` of the text encoder -> the projectors that the host knows for it.
-TOWERS: dict[str, Tower] = {"qwen2vl": _QWEN25, "qwen3vl": _QWEN3, "gemma3": _GEMMA3}
+TOWERS: dict[str, Tower] = {
+    **{"qwen2vl": _QWEN25, "qwen3vl": _QWEN3, "qwen35": _QWEN35},
+    **{"gemma3": _GEMMA3, "gemma4": _GEMMA4},
+}
 
 # The host recognises the small Qwen3-VLs by this before it takes it off; of the 32B, which is 5120 wide, it expects
 # the names without.
@@ -195,6 +246,11 @@ def vision_tensors(model: GGUFFile, projector: GGUFFile) -> dict[str, torch.Tens
 
 
 def _repaired(tensors: dict[str, torch.Tensor], tower: Tower) -> dict[str, torch.Tensor]:
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(tower.unused)}
+    tensors |= {name: tensor.reshape(()) for name, tensor in tensors.items() if name.endswith(_BOUNDS)}
+    if tower.flat_patches and "v.patch_embd.weight" in tensors:
+        kernel = dense(tensors["v.patch_embd.weight"], torch.float32)
+        tensors["v.patch_embd.weight"] = kernel.movedim(1, -1).flatten(1)
     shifted, shift = tower.norm_shift
     if shifted in tensors:
         tensors[shifted] = dense(tensors[shifted], torch.float32) - shift
@@ -245,13 +301,16 @@ def _translated(file: GGUFFile, tower: Tower, tensors: Mapping[str, torch.Tensor
             part, _, kind = name.rpartition(".")
             translated = tower.whole.get(part)
             # A parameter of its own in the host, with `_weight` in its name.
-            separator = "_" if part == "mm.input_projection" else "."
-            translated = translated and f"{translated}{separator}{kind}"
+            separator = "_" if translated == _GEMMA3.whole["mm.input_projection"] else "."
+            if part not in tower.bare:
+                translated = translated and f"{translated}{separator}{kind}"
         elif match["list"] == "deepstack" and tower.deepstack and match["part"] in _DEEPSTACK:
             prefix = tower.deepstack.format(stacked.index(int(match["index"])))
             translated = f"{prefix}{_DEEPSTACK[match['part']]}.{match['kind']}"
         elif match["list"] == "blk" and match["part"] in tower.layer:
-            translated = f"{tower.layers.format(match['index'])}{tower.layer[match['part']]}.{match['kind']}"
+            matrix = tower.bounded and tensors[name].dim() > 1
+            part = f"{tower.layer[match['part']]}{'.linear' if matrix else ''}"
+            translated = f"{tower.layers.format(match['index'])}{part}.{match['kind']}"
         if translated is None:
             problem = f"its tensor {shown(name)} is no part of a vision projector that ComfyUI knows"
             raise GGUFError(file.path, problem, CONVERT)

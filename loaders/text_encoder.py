@@ -29,7 +29,7 @@ from .diffusion import ATTACHMENT, LoadedModel, described, let_go
 from .fit import host_builds
 from .gguf.errors import shown
 from .gguf.reader import GGUFError, GGUFFile
-from .patcher import patching_class
+from .patcher import check_files_of, patch_at_use_from_now_on
 from .scaled_fp8 import with_host_weights
 from .text_fit import Given, complete
 from .text_layers import Vocabulary, text_ops
@@ -64,7 +64,16 @@ class LoadedTextEncoder(LoadedModel):
 
 
 class MappedCLIP(comfy.sd.CLIP):
-    """The host's class, with one answer of its own: weights to save are dense (hosts before 0.20 take them here)."""
+    """The host's class, with two answers of its own: weights to save are dense (hosts before 0.20 take them here), and
+    the network that encodes is the patcher's, also after Select CLIP Device gave it another patcher."""
+
+    @property
+    def cond_stage_model(self) -> Any:
+        return self.patcher.model
+
+    @cond_stage_model.setter
+    def cond_stage_model(self, network: Any) -> None:
+        self.__dict__["cond_stage_model"] = network  # for whoever makes it the host's class again
 
     def clone(self, *args: Any, **kwargs: Any) -> MappedCLIP:
         clone = super().clone(*args, **kwargs)
@@ -169,9 +178,10 @@ def _build(
     complete(clip.cond_stage_model, clip_type, given)
     # Both are finished, and have no state that ours lack; a patcher made once more would be a second for one model.
     clip.__class__ = MappedCLIP
-    clip.patcher.__class__ = patching_class(type(clip.patcher))  # type: ignore[arg-type]
+    patch_at_use_from_now_on(clip.patcher)
     clip.patcher.size = 0  # counted when parts that the file lacks were still declared
     _check_files_at_use(clip.cond_stage_model, files)
+    check_files_of(clip.cond_stage_model, files)
     ranked = sorted((described(file) for file in files), key=lambda one: -sum(one.tensor_types.values()))
     largest = ranked[0]
     return clip, LoadedTextEncoder(largest.file, largest.architecture, largest.tensor_types, tuple(ranked[1:]))

@@ -15,7 +15,7 @@ from comfy.ops import CastWeightBiasOp
 
 from . import compat
 from .ops import MappedEmbedding, MappedLayer, make_ops
-from .quant.layout import dense, is_gguf, quantized
+from .quant.layout import QuantizedTensor, dense, is_gguf, quantized
 
 VOCABULARY = 1024  # rows from which on a table is one of words
 _TOLERANCE = 0.01
@@ -30,6 +30,19 @@ class Vocabulary(MappedEmbedding):
 
     num_embeddings: int
 
+    @property
+    def comfy_cast_weights(self) -> bool:
+        """Whether the host must cast the table before it multiplies by it, as it does for the logits of a language
+        model without a matrix of its own for them. It would dequantise all of it for each token, in 16 bits on a GPU.
+        A table that lies on the device and is not patched can be multiplied by as it is (`quant.layout`)."""
+        weight = self._parameters.get("weight")
+        forced = "prev_comfy_cast_weights" in self.__dict__  # the host had it cast in any case
+        at_home = weight is None or _stored(weight).device.type in ("cpu", "meta")
+        return forced or at_home or bool(self.weight_function)
+
+    @comfy_cast_weights.setter
+    def comfy_cast_weights(self, value: bool) -> None: ...
+
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
         given, declared = state_dict.get(f"{prefix}weight"), self._parameters["weight"]
         if given is not None and declared is not None and _nearly(given.shape, declared.shape):
@@ -42,6 +55,11 @@ class Vocabulary(MappedEmbedding):
             return super().forward(input, *args, out_dtype=out_dtype)
         found = super().forward(input.clamp(max=rows - 1), *args, out_dtype=out_dtype)
         return found.masked_fill((input >= rows).unsqueeze(-1), 0)
+
+
+def _stored(weight: torch.Tensor) -> torch.Tensor:
+    """What lies in memory."""
+    return weight._qdata if isinstance(weight, QuantizedTensor) else weight
 
 
 def _nearly(given: torch.Size, declared: torch.Size) -> bool:

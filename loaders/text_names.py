@@ -14,7 +14,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-_LAYER = re.compile(r"(?P<stack>enc\.)?blk\.(?P<index>\d+)\.(?P<part>\w+)\.(?P<kind>weight|bias)")
+_LAYER = re.compile(r"(?P<stack>enc\.)?blk\.(?P<index>\d+)\.(?P<part>\w+)(?:\.(?P<kind>weight|bias))?")
 _WHOLE = re.compile(r"(?P<part>[\w.]+)\.(?P<kind>weight|bias)")
 
 # Tensors that only llama.cpp needs: rotary frequencies that it computed in advance, the decoder of a whole T5, and
@@ -38,7 +38,9 @@ class Dialect:
         whole: the same for what is no part of a layer.
         bare: parts that the host has as parameters of their own, without `.weight`.
         norm_shift: what the converter added to every norm's weight, because transformers adds it when it runs.
+        unshifted: the end of the name of the norms of which that is not so.
         interleaved_heads: the rows of q and k are in the order of GPT-J's rotary embedding, pairs side by side.
+        linear_attention: what a layer of linear attention has is changed, too (`linear_attention.py`).
     """
 
     layers: str
@@ -46,7 +48,9 @@ class Dialect:
     whole: Mapping[str, str]
     bare: Mapping[str, str] = field(default_factory=dict)
     norm_shift: float = 0.0
+    unshifted: tuple[str, ...] = ()
     interleaved_heads: bool = False
+    linear_attention: bool = False
 
     def translate(self, name: str) -> str | None:
         """The host's name for llama.cpp's `name`; "" for a tensor that the host does not need, None if unknown."""
@@ -62,7 +66,7 @@ class Dialect:
         if (part := self.bare.get(match["part"])) is not None:
             return prefix + part
         part = table.get(match["part"])
-        return None if part is None else f"{prefix}{part}.{match['kind']}"
+        return None if part is None or match["kind"] is None else f"{prefix}{part}.{match['kind']}"
 
 
 _ATTENTION = {
@@ -96,6 +100,26 @@ _GEMMA4_MODEL = _MODEL | {
     "per_layer_token_embd": "model.embed_tokens_per_layer",
     "per_layer_model_proj": "model.per_layer_model_projection",
     "per_layer_proj_norm": "model.per_layer_projection_norm",
+}
+
+_QWEN35 = (
+    _ATTENTION
+    | _MLP
+    | {
+        "post_attention_norm": "post_attention_layernorm",
+        "attn_qkv": "linear_attn.in_proj_qkv",
+        "attn_gate": "linear_attn.in_proj_z",
+        "ssm_alpha": "linear_attn.in_proj_a",
+        "ssm_beta": "linear_attn.in_proj_b",
+        "ssm_conv1d": "linear_attn.conv1d",
+        "ssm_norm": "linear_attn.norm",
+        "ssm_out": "linear_attn.out_proj",
+    }
+)
+_QWEN35_MODEL = {
+    "token_embd": "model.language_model.embed_tokens",
+    "output_norm": "model.language_model.norm",
+    "output": "lm_head",
 }
 
 # The host's experts are one matrix with the rows of gate and up in turn, llama.cpp's are two: `text_layers.py`.
@@ -136,6 +160,15 @@ DIALECTS: dict[str, Dialect] = {
     "qwen2vl": _QWEN,
     "qwen3": _QWEN,
     "qwen3vl": _QWEN,
+    "qwen35": Dialect(
+        "model.language_model.layers.{}.",
+        _QWEN35,
+        _QWEN35_MODEL,
+        bare={"ssm_a": "linear_attn.A_log", "ssm_dt": "linear_attn.dt_bias"},
+        norm_shift=1.0,
+        unshifted=("linear_attn.norm.weight",),
+        linear_attention=True,
+    ),
     "gemma": _GEMMA_2_3,
     "gemma2": _GEMMA_2_3,
     "gemma3": _GEMMA_2_3,

@@ -10,6 +10,8 @@ Names change (`text_names.py`), and two things that llama.cpp's converter did to
   could not do it: the order within a head has two strides, and a block format allows one. Reordering the output of
   the layer instead would need no copy, but patches are written for the order of the host.)
 
+Qwen 3.5 has a third thing, its linear attention (`linear_attention.py`).
+
 What the host reads as a whole instead of through a layer becomes plain here, and nothing else does.
 """
 
@@ -21,6 +23,7 @@ import torch
 
 from .gguf.errors import shown
 from .gguf.reader import GGUFError, GGUFFile
+from .linear_attention import Heads, as_trained
 from .mmproj import vision_tensors
 from .quant.layout import dense, is_gguf, quantized
 from .tensors import state_dict
@@ -80,7 +83,10 @@ def _translated(file: GGUFFile, tensors: Tensors) -> Tensors:
             f"choose one of these: {', '.join(DIALECTS)}",
         )
     result = {}
+    further = _further_layers(file, architecture)
     for name, tensor in tensors.items():
+        if name.startswith(further):
+            continue
         translated = dialect.translate(name)
         if translated is None:
             problem = f"its tensor {shown(name)} is no part of a text encoder {shown(architecture)} that ComfyUI knows"
@@ -93,13 +99,36 @@ def _translated(file: GGUFFile, tensors: Tensors) -> Tensors:
 def _as_trained(
     file: GGUFFile, architecture: str, dialect: Dialect, name: str, translated: str, tensor: torch.Tensor
 ) -> torch.Tensor:
-    if dialect.norm_shift and translated.endswith("norm.weight"):
+    if dialect.norm_shift and translated.endswith("norm.weight") and not translated.endswith(dialect.unshifted):
         return dense(tensor, torch.float32) - dialect.norm_shift
+    if dialect.linear_attention and ".linear_attn." in translated:
+        return _of_linear_attention(file, architecture, name, translated, tensor)
     if dialect.interleaved_heads and ".attn_q." in name:
         return _halves_apart(tensor, _heads(file, f"{architecture}.attention.head_count", tensor))
     if dialect.interleaved_heads and ".attn_k." in name:
         return _halves_apart(tensor, _heads(file, f"{architecture}.attention.head_count_kv", tensor))
     return tensor
+
+
+def _further_layers(file: GGUFFile, architecture: str) -> tuple[str, ...]:
+    """How the names of the layers begin that predict further tokens, which llama.cpp counts behind the model's own."""
+    further, layers = (file.metadata.get(f"{architecture}.{key}", 0) for key in ("nextn_predict_layers", "block_count"))
+    if type(further) is not int or type(layers) is not int:
+        return ()
+    return tuple(f"blk.{index}." for index in range(max(layers - further, 0), layers) if further <= layers)
+
+
+def _of_linear_attention(
+    file: GGUFFile, architecture: str, name: str, translated: str, tensor: torch.Tensor
+) -> torch.Tensor:
+    heads = Heads.of(file.metadata, architecture)
+    if heads is None:
+        problem = f"its metadata keys {shown(architecture + '.ssm.*')} do not say how many heads it has"
+        raise GGUFError(file.path, problem, CONVERT)
+    try:
+        return as_trained(heads, translated.rpartition(".linear_attn.")[2], tensor)
+    except ValueError as error:
+        raise GGUFError(file.path, f"its tensor {shown(name)} {error}", CONVERT) from error
 
 
 def _heads(file: GGUFFile, key: str, tensor: torch.Tensor) -> int:

@@ -17,7 +17,7 @@ import psutil  # isort: skip
 import torch  # isort: skip
 from comfy_kitchen.tensor import QuantizedTensor  # isort: skip
 from host import encoder_files
-from host.model_checks import FOLDER, MODE
+from host.model_checks import FOLDER, MODE, ON_GPU
 from host.tiny_encoder import ENCODERS, TEXT, VOCABULARY
 from pack.loaders.diffusion import ATTACHMENT
 from pack.loaders.gguf.errors import GGUFError
@@ -211,6 +211,38 @@ def check_no_operation_dequantises_unasked() -> None:
     base.UNHANDLED.found.clear()
     hidden(with_lora(ours()))
     assert not base.UNHANDLED.found, base.UNHANDLED.found[:3]
+
+
+def check_logits_of_a_tied_table_do_not_make_it_dense() -> None:
+    """In 16 bits, in which the host computes new words on a GPU. On the CPU it casts the table, and the product is made
+    here as it is where the table lies on the device."""
+    with torch.inference_mode():
+        clip = ours()
+        clip.load_model()
+        language = next(m for m in clip.cond_stage_model.modules() if hasattr(m, "logits"))
+        table = language.model.embed_tokens
+        device = torch.device("cuda") if ON_GPU else torch.device("cpu")
+        x = torch.randn(1, 3, HIDDEN, device=device, generator=torch.Generator(device).manual_seed(0)).bfloat16()
+        exact = table.weight.to(device=device).dequantize().double()
+        expected = x[:, -1:].double() @ exact.T
+        base.UNHANDLED.found.clear()
+        weight = table.weight.to(x)
+        assert isinstance(weight, QuantizedTensor) and weight.dtype is x.dtype
+        found = torch.nn.functional.linear(x[:, -1:], weight)
+        # One rounding of the weight and one of the sum to 8 bits, and float32 sums in between.
+        bound = 2.0**-7 * (x[:, -1:].double().abs() @ exact.abs().T) + 1e-6
+        assert ((found - expected).abs() <= bound).all()
+        assert not base.UNHANDLED.found, base.UNHANDLED.found[:3]
+        by_host = language.logits(x)
+        assert ((by_host - expected).abs() <= bound).all()
+        resident = table.weight.device.type == "cuda"
+        assert table.comfy_cast_weights is not resident
+        table.weight_function = [lambda dense: dense + 1]
+        assert table.comfy_cast_weights, "a patch would be left out"
+        moved = x[:, -1:].double() @ (exact + 1).T
+        bound = 2.0**-7 * (x[:, -1:].double().abs() @ (exact + 1).abs().T) + 1e-6
+        assert ((language.logits(x) - moved).abs() <= bound).all()
+        table.weight_function = []
 
 
 if __name__ == "__main__":

@@ -100,7 +100,9 @@ def written_logits(clip: comfy.sd.CLIP, tokens: list) -> torch.Tensor:
     numbers = [[token[0] for token in batch] for batch in tokens]
     embeds = model.process_tokens(numbers, torch.device("cpu"))
     hidden = model.transformer.model(None, embeds=embeds, input_ids=torch.tensor(numbers))[0]
-    return torch.cat([hidden[:, -1], model.transformer.logits(hidden)[:, -1]], dim=-1)
+    picture = torch.rand((1, 96, 96, 3), generator=torch.Generator().manual_seed(3))
+    seen = model.transformer.preprocess_embed({"type": "image", "data": picture}, torch.device("cpu"))[0]
+    return torch.cat([hidden[:, -1], model.transformer.logits(hidden)[:, -1], seen.reshape(1, -1)], dim=-1)
 
 
 def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:

@@ -113,7 +113,13 @@ def state_dict(tiny: TinyEncoder) -> Arrays:
         built = model(config, torch.device("meta"), torch.float32, operations)
     shapes = {key: tuple(value.shape) for key, value in built.state_dict().items() if value is not None}
     shapes |= {name: tuple(expert_shape(m)) for name, m in experts(built)}
-    return {key: random_values(key, shape, 0) for key, shape in shapes.items()}
+    return {key: within_bounds(key, random_values(key, shape, 0)) for key, shape in shapes.items()}
+
+
+def within_bounds(key: str, value: np.ndarray) -> np.ndarray:
+    """Bounds of activations that cut off a few of them."""
+    far = {"_max": 1, "_min": -1}.get(key[-4:])
+    return value if far is None or value.ndim else np.asarray(far * (1.5 + abs(value)), np.float32)
 
 
 def experts(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
@@ -151,6 +157,41 @@ def permuting(heads: int) -> Rule:
     return Rule(lambda value: [interleaved(value, heads)], lambda parts: apart(parts[0], heads))
 
 
+def tiled(value: np.ndarray, axis: int, keys: int, values: int) -> np.ndarray:
+    """_LinearAttentionVReorderBase._reorder_v_heads."""
+    shape = value.shape
+    parts = (*shape[:axis], keys, values // keys, shape[axis] // values, *shape[axis + 1 :])
+    return value.reshape(parts).swapaxes(axis, axis + 1).reshape(shape)
+
+
+def of_linear_attention(tiny: TinyEncoder, part: str) -> Rule:
+    """What Qwen3NextModel and Qwen3_5TextModel do to one tensor."""
+    keys, values = (int(tiny.metadata[f"ssm.{name}"]) for name in ("group_count", "time_step_rank"))  # type: ignore[call-overload]
+    first = 2 * keys * int(tiny.metadata["ssm.state_size"])  # type: ignore[call-overload]
+    axis, before = {
+        **{"in_proj_qkv.weight": (0, first), "conv1d.weight": (0, first), "out_proj.weight": (1, 0)},
+        "norm.weight": (None, 0),
+    }.get(part, (0, 0))
+
+    def reordered(value: np.ndarray, keys: int) -> np.ndarray:
+        if axis is None:
+            return value
+        head, tail = np.split(value, [before], axis)
+        return np.concatenate([head, tiled(tail, axis, keys, values)], axis)
+
+    def split(value: np.ndarray) -> list[np.ndarray]:
+        value = -np.exp(value) if part == "A_log" else value
+        value = value.squeeze(1) if part == "conv1d.weight" else value
+        return [reordered(value, keys)]
+
+    def join(parts: list[np.ndarray]) -> np.ndarray:
+        value = reordered(parts[0], values // keys)
+        value = torch.log(-torch.from_numpy(value)).numpy() if part == "A_log" else value
+        return value[:, None] if part == "conv1d.weight" else value
+
+    return Rule(split, join)
+
+
 ONE = np.float32(1)
 PLUS_ONE = Rule(lambda value: [value + ONE], lambda parts: parts[0] - ONE)
 GATE_AND_UP = Rule(
@@ -183,6 +224,8 @@ def llama_cpp(tiny: TinyEncoder, key: str) -> tuple[list[str], Rule]:
     if "gate_up_proj." in key:
         found = [names.get_name(hf.replace("gate_up", part), (".weight", ".bias")) for part in ("gate", "up")]
         return found, GATE_AND_UP  # type: ignore[return-value]
+    if key.endswith(".dt_bias"):
+        hf = key.replace(".dt_bias", ".dt_proj.bias")
     name = names.get_name(hf, (".weight", ".bias"))
     if name is None:
         raise ValueError(f"gguf-py has no name for {key}")
@@ -190,8 +233,10 @@ def llama_cpp(tiny: TinyEncoder, key: str) -> tuple[list[str], Rule]:
         return [name], permuting(tiny.metadata["attention.head_count"])  # type: ignore[arg-type]
     if tiny.arch in ("llama", "mistral3") and ".k_proj." in key:
         return [name], permuting(tiny.metadata["attention.head_count_kv"])  # type: ignore[arg-type]
-    if tiny.arch in ("gemma2", "gemma3") and key.endswith("norm.weight"):
+    if tiny.arch in ("gemma2", "gemma3", "qwen35") and key.endswith("norm.weight") and "linear_attn" not in key:
         return [name], PLUS_ONE
+    if ".linear_attn." in key:
+        return [name], of_linear_attention(tiny, key.rpartition(".linear_attn.")[2])
     return [name], Rule()
 
 
@@ -213,12 +258,36 @@ def projector(tiny: TinyEncoder, key: str) -> tuple[list[str], Rule]:
         return [f"{MERGER[parts[2]]}.{kind}"], Rule()
     if tiny.arch == "qwen2vl" and ".attn.qkv." in key:
         return [f"v.blk.{parts[2]}.attn_{which}.{kind}" for which in "qkv"], Q_K_V
+    if tiny.projector == "gemma4v":
+        return gemma4v(names, key)
     hf = key.replace("_weight", ".weight") if key.startswith("multi_modal_projector.") else key
     hf = f"vision_tower.{hf}" if key.startswith("vision_model.") else hf
     name = names.get_name(hf, (".weight", ".bias"))
     if name is None:
         raise ValueError(f"gguf-py has no name for {key}")
     return [name], PLUS_ONE if "soft_emb_norm" in key else Rule()
+
+
+def gemma4v(names: Any, key: str) -> tuple[list[str], Rule]:
+    """What Gemma4VisionAudioModel does, from transformers' names."""
+    hf = key.replace("vision_model.encoder.", "vision_model.model.").replace(".linear.weight", ".weight")
+    hf = hf.replace("vision_model.patch_embedder.", "model.vision_tower.patch_embedder.")
+    hf = hf.replace("multi_modal_projector.", "model.embed_vision.")
+    if key.endswith("position_embedding_table"):
+        hf += ".weight"
+    name = names.get_name(hf, (".weight", ".input_max", ".input_min", ".output_max", ".output_min"))
+    if name is None:
+        raise ValueError(f"gguf-py has no name for {key}")
+    if key.endswith(("_max", "_min")):
+        return [name], Rule(lambda value: [value.reshape(1)], lambda parts: parts[0].reshape(()))
+    if key.endswith("input_proj.weight"):
+
+        def split(value: np.ndarray) -> list[np.ndarray]:
+            side = int((value.shape[1] // 3) ** 0.5)
+            return [value.reshape(-1, side, side, 3).transpose(0, 3, 1, 2)]
+
+        return [name], Rule(split, lambda parts: parts[0].transpose(0, 2, 3, 1).reshape(len(parts[0]), -1))
+    return [name], Rule()
 
 
 # --- files
@@ -240,7 +309,7 @@ def files_of(tiny: TinyEncoder) -> Files:
     made = Files({}, {}, {}, tokenizer_of(tiny), {})
     for index, (key, values) in enumerate(state_dict(tiny).items()):
         sees = key.startswith(tiny.vision) if tiny.vision else False
-        if sees and not tiny.projector:
+        if (sees and not tiny.projector) or (tiny.unwritten and key.startswith(tiny.unwritten)):
             continue
         if tiny.arch:
             names, rule = projector(tiny, key) if sees else llama_cpp(tiny, key)
@@ -253,6 +322,9 @@ def files_of(tiny: TinyEncoder) -> Files:
         target |= dict(zip(names, stored, strict=True))
         made.native[key] = np.ascontiguousarray(rule.join([tensor.values for tensor in stored]))
         made.plain[key] = stored[0] if len(stored) == 1 and rule.split(values)[0] is values else as_it_is(made, key)
+    for name in tiny.unread:
+        target = made.model if name.startswith("blk.") else made.projector
+        target[name] = stored_as(np.ones((1, 32) if name.endswith("weight") else 32, np.float32), 0)
     return made
 
 
@@ -291,10 +363,17 @@ NATIVE_KEYS = {
 }
 
 
+def published(tiny: TinyEncoder, key: str) -> str:
+    """What a tensor is called in the files that the host's family is published in."""
+    if tiny.arch in ("qwen3vl", "qwen35") and key.startswith("visual."):
+        return f"model.{key}"
+    if tiny.arch == "qwen35" and key.startswith("model."):
+        return key.replace("model.", "" if key.startswith("model.lm_head.") else "model.language_model.", 1)
+    return key
+
+
 def write_safetensors(path: Path, tiny: TinyEncoder, made: Files) -> None:
-    tensors = dict(made.native)
-    if tiny.arch == "qwen3vl":  # the host's own files have this prefix
-        tensors = {f"model.{k}" if k.startswith("visual.") else k: v for k, v in tensors.items()}
+    tensors = {published(tiny, key): value for key, value in made.native.items()}
     if made.tokenizer is not None:
         tensors[NATIVE_KEYS[tiny.tokenizer]] = np.frombuffer(made.tokenizer.native, np.uint8)
     save_file(tensors, path)
@@ -302,7 +381,7 @@ def write_safetensors(path: Path, tiny: TinyEncoder, made: Files) -> None:
 
 def write_with_original_names(path: Path, tiny: TinyEncoder, made: Files) -> None:
     """A GGUF as converters of safetensors make it: the host's names, and the tokenizer as a tensor of signed bytes."""
-    tensors = {f"model.{k}" if tiny.arch == "qwen3vl" and "visual." in k else k: t for k, t in made.plain.items()}
+    tensors = {published(tiny, key): tensor for key, tensor in made.plain.items()}
     if made.tokenizer is not None:
         content = np.frombuffer(made.tokenizer.native, np.int8)
         tensors[NATIVE_KEYS[tiny.tokenizer]] = Tensor(Type.I8, content, content.shape)

@@ -33,6 +33,8 @@ class TinyEncoder:
         beside_as: "" for float32, "plain" and "scaled" for the two ways of 8-bit floats.
         tokenizer: the form in which the host wants the tokenizer beside the weights, or "".
         vision: prefixes of keys that llama.cpp puts into a file of their own.
+        unwritten: prefixes of keys that are in none of our files.
+        unread: llama.cpp's names of further tensors in its files, for which the host has no use.
         projector: what that file says it is.
         rows: of the table of words.
         image: whether the prompt has a picture in it.
@@ -48,6 +50,8 @@ class TinyEncoder:
     beside_as: str = ""
     tokenizer: str = ""
     vision: tuple[str, ...] = ()
+    unwritten: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
     projector: str = ""
     image: bool = False
     rows: int = VOCABULARY
@@ -77,6 +81,12 @@ SIGLIP = {
 }
 QWEN25_VISION = {"hidden_size": 256, "intermediate_size": 256, "num_heads": 4, "num_layers": 1}
 QWEN3_VISION = {"hidden_size": 64, "intermediate_size": 128, "depth": 3, "deepstack_visual_indexes": [0, 2]}
+QWEN35_VISION = {"hidden_size": 64, "intermediate_size": 128, "depth": 2, "num_heads": 4}
+GEMMA4_VISION = {
+    **{"hidden_size": 64, "image_size": 56, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2},
+    **{"patch_size": 16, "head_dim": 32, "rms_norm_eps": 1e-6, "position_embedding_size": 32},
+    "pooling_kernel_size": 3,
+}
 HEADS = {"attention.head_count": 4, "attention.head_count_kv": 2}
 
 ENCODERS: dict[str, TinyEncoder] = {
@@ -209,6 +219,30 @@ ENCODERS: dict[str, TinyEncoder] = {
         projector="gemma3",
         image=True,
     ),
+    # Two value heads for each key head, as from the 4B on; a head is four blocks of 32 and half a block of 256.
+    "qwen35": TinyEncoder(
+        "text_encoders.qwen35:Qwen35",
+        "lumina2",
+        "qwen35",
+        {
+            "text_encoders.qwen35:QWEN35_MODELS": {
+                "qwen35_2b": decoder(
+                    **{"head_dim": 64, "mrope_section": [4, 2, 2], "linear_num_key_heads": 2},  # type: ignore[arg-type]
+                    **{"linear_num_value_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 128},
+                )
+            },
+            "text_encoders.qwen35:QWEN35_VISION_DEFAULTS": QWEN35_VISION,
+        },
+        vision=("visual.",),
+        projector="qwen3vl_merger",
+        image=True,
+        metadata={
+            **{"ssm.group_count": 2, "ssm.time_step_rank": 4, "ssm.state_size": 64, "ssm.inner_size": 512},
+            **{"block_count": 5, "nextn_predict_layers": 1},
+        },
+        unread=("blk.4.attn_norm.weight", "blk.4.attn_q.weight", "blk.4.nextn.eh_proj.weight"),
+        hosts=NEWEST,
+    ),
     "gemma4_e2b": TinyEncoder(
         "text_encoders.gemma4:Gemma4_E2B",
         "lumina2",
@@ -217,10 +251,14 @@ ENCODERS: dict[str, TinyEncoder] = {
             "text_encoders.gemma4:Gemma4_E2B_Config": decoder(
                 **{"hidden": 64, "head_dim": 32, "global_head_dim": 64, "num_hidden_layers": 35},
                 **{"num_key_value_heads": 1, "intermediate_size": 128, "hidden_size_per_layer_input": 32},
+                vision_config=GEMMA4_VISION,  # type: ignore[arg-type]
             ),
         },
         tokenizer="spaces",
-        vision=("vision_model.", "multi_modal_projector.", "audio_model.", "audio_projector."),
+        vision=("vision_model.", "multi_modal_projector."),
+        unwritten=("audio_model.", "audio_projector."),
+        unread=("a.blk.0.attn_q.weight", "a.blk.0.attn_q.input_max", "mm.a.input_projection.weight", "v.std_bias"),
+        projector="gemma4v",
         hosts=SINCE_24,
     ),
     "gpt_oss": TinyEncoder(
