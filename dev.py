@@ -8,6 +8,7 @@
     python dev.py comfy [-- ARGS]   start ComfyUI with the pack and the demo models; ARGS go to its main.py
     python dev.py bench [NAME [-- ARGS]]   run benchmarks/NAME.py inside the host, or list the names
     python dev.py convert -- IN [OUT] [--type Q4_K_M]   a safetensors file to GGUF; `-- --help` says what else
+    python dev.py screenshots       take the pictures of the live view in docs/ anew, with a browser
 
 What these need goes into .venv/, .host/ and .cache/ of this checkout and nowhere else.
 """
@@ -82,6 +83,14 @@ def run_convert(args: argparse.Namespace) -> int:
             return 130
 
 
+def run_screenshots(args: argparse.Namespace) -> int:
+    found = _host(args, "run", "test")
+    # In the host's interpreter: it has the browser's driver and Pillow, which this one may lack.
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from tools import screenshots; screenshots.run()"
+    env = found.env() if found.ours else {**found.env(), "COMFYUI_PATH": str(found.comfyui)}
+    return subprocess.call([str(found.python), "-c", code, str(host.ROOT)], env=env)
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "demo": run_demo,
     "test": run_test,
@@ -90,6 +99,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "comfy": run_comfy,
     "bench": run_bench,
     "convert": run_convert,
+    "screenshots": run_screenshots,
 }
 
 

@@ -27,13 +27,13 @@ HOSTS = {
             "0.24.0",
             "2.4.0",
             "d3b3431ce2a40be7213a329ec8874e72f2bd2faf199ace7f793d8ff8ac68a557",
-            ("comfy-kitchen==0.2.10", "comfy-aimdo==0.4.9"),
+            ("comfy-kitchen==0.2.10", "comfy-aimdo==0.4.9", "comfyui-frontend-package==1.45.15"),
         ),
         HostRelease(
             "0.18.2",
             "2.0.0",
             "1a16cb669ce8d7730f518e1337c763bbd2f125d97400384cf8b0276672c6c4af",
-            ("comfy-kitchen==0.2.8", "comfy-aimdo==0.2.12"),
+            ("comfy-kitchen==0.2.8", "comfy-aimdo==0.2.12", "comfyui-frontend-package==1.41.21"),
         ),
     )
 }
@@ -69,6 +69,7 @@ DEV_TOOLS = (
     "pytest==9.2.0",
     "pytest-timeout==2.4.0",
     "hypothesis==6.168.5",
+    "playwright==1.55.0",  # drives the system's Chromium; its own browsers are not installed
     # The kernels' arithmetic is tested in its interpreter. Not pinned: a torch with CUDA brings its own.
     "triton>=3.4; sys_platform == 'linux' and platform_machine == 'x86_64'",
 )
@@ -76,5 +77,5 @@ DEV_TOOLS = (
 # What an existing ComfyUI's interpreter must be able to import, by command.
 NEEDED_MODULES = {
     "run": ("torch", "numpy", "safetensors", "comfy_kitchen", "comfy_aimdo", "aiohttp", "gguf", "psutil"),
-    "test": ("PIL", "pytest", "pytest_timeout", "hypothesis", "ruff", "mypy"),
+    "test": ("PIL", "pytest", "pytest_timeout", "hypothesis", "playwright", "ruff", "mypy"),
 }

@@ -21,6 +21,8 @@ from ...loaders.patch_at_use import PatchAtUse
 from ...loaders.quant import dispatch
 from ...lora.apply import ATTACHMENT as LORAS
 from ...offload.attach import residency_of
+from ...offload.attach_unified import in_place_of
+from ...offload.attach_unified import state_of as in_place_state
 from ...offload.events import Event, recent_events
 from ...offload.report import SwapState, state_of
 from ..apply_lora import CACHE
@@ -90,6 +92,7 @@ def model_report(patcher: Any) -> dict:
             for one in patcher.get_attachment(LORAS) or ()
         ],
         "patches": _patches(patcher),
+        "unified_memory": in_place_state(patcher) if loaded is not None else None,
     }
 
 
@@ -113,7 +116,8 @@ def _bytes(patcher: Any, swap: SwapState | None, gguf: bool) -> dict[str, int]:
     """
     resident = swap.resident_bytes if swap is not None else int(patcher.loaded_size())
     streamed = swap.streamed_bytes if swap is not None else 0
-    total = max(int(patcher.model_size()), resident + streamed)
+    in_place = in_place_of(patcher)  # what the patcher does not count
+    total = max(int(patcher.model_size()), resident + streamed) + (in_place.nbytes if in_place is not None else 0)
     elsewhere = total - resident - streamed
     in_file = elsewhere if elsewhere and (gguf or _lies_in_a_file(patcher.model)) else 0
     return {

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from . import gather, memory
+from .. import settings
+from . import memory
 from .timeline import Timeline
 
 
@@ -18,6 +19,8 @@ class Reporter:
 
     def report(self) -> dict:
         """The report as it is now; from any thread."""
+        from . import gather  # late: it needs all of the pack, and ComfyUI starts the faster without
+
         return gather.report(self.progress(), self.timeline.data())
 
 
@@ -31,3 +34,4 @@ def serve() -> None:
         from .routes import Served  # the server has loaded what this imports
 
         Served(server, REPORTER)
+        settings.follow(server)

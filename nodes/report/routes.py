@@ -1,11 +1,12 @@
 """`GET /sluice/report`, and the same object as the websocket event `sluice.memory` while prompts run.
 
 Both are made in the server's thread, not in the one that computes, and the event at most once in SECONDS_BETWEEN, with
-the last state always told, and only if a browser listens.
+the last state always told, and only if a browser listens. `GET /sluice/file?folder=...&name=...` tells what a file is.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from typing import Any
@@ -13,12 +14,13 @@ from typing import Any
 from aiohttp import web
 from comfy_execution.progress import add_progress_handler
 
+from . import files
 from .follow import Follower
 from .reporter import Reporter
 
 log = logging.getLogger("sluice.report")
 
-ROUTE = "/sluice/report"
+ROUTE, FILE_ROUTE = "/sluice/report", "/sluice/file"
 EVENT = "sluice.memory"
 SECONDS_BETWEEN = 0.5
 
@@ -33,6 +35,7 @@ class Served:
         self._sent = float("-inf")
         reporter.progress = self._progress
         server.routes.get(ROUTE)(self._answer)
+        server.routes.get(FILE_ROUTE)(_describe_file)
         add_progress_handler(self._follower)
 
     async def _answer(self, request: web.Request) -> web.Response:
@@ -58,3 +61,16 @@ class Served:
             self._server.send_sync(EVENT, self._reporter.report())
         except Exception:  # a prompt must not end because of a report
             log.exception("the event %s could not be made", EVENT)
+
+
+async def _describe_file(request: web.Request) -> web.Response:
+    asked = (request.query.get("folder", ""), request.query.get("name", ""))
+    try:
+        # A header on a slow disk must not hold up the server.
+        return web.json_response(await asyncio.get_running_loop().run_in_executor(None, files.describe, *asked))
+    except files.NoSuchFileError as error:
+        return web.json_response({"error": str(error)}, status=404)
+    except OSError as error:  # not all of it: it names folders
+        return web.json_response({"error": f"the file cannot be read: {error.strerror}"}, status=422)
+    except ValueError as error:
+        return web.json_response({"error": str(error)}, status=422)

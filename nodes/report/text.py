@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ...loaders import sizes
+
 LABELS = {"resident": "resident", "streamed": "streamed each pass", "on_disk": "in the file only", "in_ram": "in RAM"}
 EVENTS = 12  # of stages, the last ones; a picture has about ten
 COLUMNS = {"vram_used": "VRAM", "ram_anonymous": "RAM", "ram_file": "RAM of files"}
@@ -28,7 +30,7 @@ def size(nbytes: float | None) -> str:
     """Bytes in the decimal unit that suits; `?` where the system does not say."""
     if nbytes is None:
         return "?"
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+    return sizes.size(nbytes)
 
 
 def _model(model: dict) -> Iterator[str]:
@@ -41,6 +43,8 @@ def _model(model: dict) -> Iterator[str]:
     yield f"  weights {size(weights['total'])}: {', '.join(parts) or 'nothing yet'}{ring}"
     if model["source"]:
         yield f"  from {model['source']['reason']}"
+    if (in_place := model["unified_memory"]) and in_place["mode"] != "off":
+        yield f"  used in place {size(in_place['bytes'])}: {in_place['reason']}"
     if model["plan"]:
         yield f"  plan {model['plan']['text']}"
     if step := model["last_step"]:
