@@ -1,4 +1,4 @@
-"""Give memory back now: Release Memory's two ways, for what the host has loaded.
+"""Give memory back now: Release Memory's two ways.
 
     offload   a model's VRAM, and the RAM that was locked for it; the next use loads it from RAM or from its file
     dispose   also the RAM: a GGUF model's weights are put away and its file is closed (`shelf`); the next use opens it
@@ -22,7 +22,9 @@ from comfy.model_patcher import ModelPatcher
 
 from ..loaders.diffusion import ATTACHMENT
 from ..loaders.gguf.reader import GGUFFile
-from ..loaders.patcher import RESTORE, PatchingAtUse
+from ..loaders.patcher import RESTORE, PatchingAtUse, living
+from ..loaders.progress import watched
+from ..loaders.sizes import size
 from ..loaders.tensors import reopened
 from .attach import located, residency_of
 from .attach_stages import forget_estimates
@@ -31,19 +33,9 @@ from .files import StoredFile
 from .seats import part_of, patchers_that_left, unload
 from .shelf import Shelf
 from .slots import Slot, slots_of
-from .stages import GB, Part
+from .stages import ALL, CACHES, HOW, WHAT, Part
 
 log = logging.getLogger("sluice.offload")
-
-CACHES = "caches"
-ALL = "all"
-WHAT: dict[str, Part | None] = {
-    "text_encoder": Part.TEXT,
-    "diffusion_model": Part.DIFFUSION,
-    CACHES: None,
-    ALL: None,
-}
-HOW = ("offload", "dispose")
 
 
 def release(what: str, how: str) -> int:
@@ -55,33 +47,43 @@ def release(what: str, how: str) -> int:
     for word, words in ((what, tuple(WHAT)), (how, HOW)):
         if word not in words:
             raise ValueError(f"Release Memory: {word!r} is none of {', '.join(words)}.")
-    freed = 0
-    if what != CACHES:
-        freed = sum(_release_model(patcher, how) for patcher in _models(WHAT[what]))
+    freed = _release_models(_models(WHAT[what], how), how) if what != CACHES else 0
     if what in (CACHES, ALL):
         _release_caches()
     comfy.model_management.soft_empty_cache()
     return freed
 
 
-def _models(part: Part | None) -> list[ModelPatcher]:
-    """What the host has loaded, or an Offload Mode node has moved out, of `part` or at all; one patcher per network."""
-    loaded = [entry.model for entry in comfy.model_management.current_loaded_models if entry.model is not None]
+def _models(part: Part | None, how: str) -> list[ModelPatcher]:
+    """What the host has loaded, or an Offload Mode node has moved out, of `part` or at all; to dispose of, also GGUF
+    models that the host has not loaded, whose files are open all the same. One patcher per network."""
     found: dict[int, ModelPatcher] = {}
-    for patcher in (*loaded, *patchers_that_left()):
+    for patcher in (*_loaded(), *patchers_that_left(), *(living() if how == "dispose" else [])):
         if part is None or part_of(patcher) is part:
             found.setdefault(id(patcher.model), patcher)
     return list(found.values())
 
 
-def _release_model(patcher: ModelPatcher, how: str) -> int:
-    name = type(patcher.model).__name__
-    nbytes = unload(patcher)
-    why = "Release Memory"
-    if how == "dispose":
-        why = f"Release Memory: {_dispose(patcher)}"
-    record("leaves", name, nbytes, why, logged=True)
-    return nbytes
+def _loaded() -> list[ModelPatcher]:
+    return [entry.model for entry in comfy.model_management.current_loaded_models if entry.model is not None]
+
+
+def _release_models(patchers: Sequence[ModelPatcher], how: str) -> int:
+    """The bytes of VRAM that they gave back. The user may cancel between two of them."""
+    done: list[tuple[ModelPatcher, int, Callable[[], str]]] = []  # with what closes the file and says so
+    loaded = {id(patcher.model) for patcher in _loaded()}
+    try:
+        with watched("releasing memory", sum(patcher.model_size() for patcher in patchers)) as told:
+            for patcher in patchers:
+                nbytes = unload(patcher)
+                done.append((patcher, nbytes, _dispose(patcher) if how == "dispose" else lambda: ""))
+                told(patcher.model_size())
+    finally:
+        for patcher, nbytes, outcome in done:  # not before: one file may have several models
+            action = "leaves" if id(patcher.model) in loaded else "is released"
+            why = ": ".join(filter(None, ("Release Memory", outcome())))
+            record(action, type(patcher.model).__name__, nbytes, why, logged=True)
+    return sum(nbytes for _, nbytes, _ in done)
 
 
 def _release_caches() -> None:
@@ -95,26 +97,28 @@ def _release_caches() -> None:
 # --- dispose
 
 
-def _dispose(patcher: ModelPatcher) -> str:
-    """Put the weights of an unloaded model away; what came of it, for the log."""
+def _dispose(patcher: ModelPatcher) -> Callable[[], str]:
+    """Put the weights of an unloaded model away; what this returns says what came of it, for the log."""
     loaded = patcher.get_attachment(ATTACHMENT)
     if loaded is None or not isinstance(patcher, PatchingAtUse):
-        return (
-            f"its {patcher.model_size() / GB:.2f} GB stay in RAM, because its loader is not of this pack; they go when "
-            "the node that loaded it does"
+        stay = (
+            f"its {size(patcher.model_size())} stay in RAM, because its loader is not of this pack; they go when the "
+            "node that loaded it does"
         )
+        return lambda: stay
     if RESTORE in patcher.model.__dict__:
-        return "its file is closed already"
-    files = [one.file for one in (loaded, *getattr(loaded, "others", ()))]
-    slots = _slots(patcher)
+        return lambda: "its file is closed already"
+    opened = [one.file for one in (loaded, *getattr(loaded, "others", ()))]
+    slots, shelf = _slots(patcher), Shelf(_Files(opened))
     for slot in slots:
         slot.forget()
-    shelf = Shelf(_Files(files))
-    closed = shelf.put_away(slots, partial(_located_in, {str(part) for file in files for part in file.parts}))
+    shelf.empty(slots, partial(_located_in, {str(part) for file in opened for part in file.parts}))
     patcher.model.__dict__[RESTORE] = shelf.bring_back
-    if closed:
-        return "its file is closed"
-    return "its file stays mapped for now, because another MODEL or CLIP uses the same weights"
+    return lambda: (
+        "its file is closed"
+        if shelf.close()
+        else "its file stays mapped for now, because another MODEL or CLIP uses the same weights"
+    )
 
 
 def _slots(patcher: ModelPatcher) -> list[Slot]:

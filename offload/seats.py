@@ -18,6 +18,7 @@ import comfy.model_base
 import comfy.model_management
 from comfy.model_patcher import ModelPatcher
 
+from ..loaders.sizes import size
 from .attach import residency_of
 from .errors import ArenaError
 from .events import record
@@ -101,7 +102,7 @@ def begin(moment: Moment, patcher: ModelPatcher, working: float) -> None:
         target=seat.policy.target_bytes,
     )
     free = int(comfy.model_management.get_free_memory(device))
-    record("begins", f"{moment.value} ({_name_of(patcher)})", need.nbytes, f"{free / GB:.2f} GB are free",
+    record("begins", f"{moment.value} ({_name_of(patcher)})", need.nbytes, f"{size(free)} are free",
            seat.policy.log_events)  # fmt: skip
     for part in Part:
         for other in list(_seated(part)):
@@ -265,15 +266,15 @@ def _is_no_room(error: Exception) -> bool:
 def _what_holds_memory(patcher: ModelPatcher, error: Exception) -> str:
     device = patcher.load_device
     entries = [entry for entry in comfy.model_management.current_loaded_models if entry.model is not None]
-    loaded = [f"{_name_of(e.model)} {e.model.loaded_size() / GB:.2f} GB" for e in entries if e.device == device]
+    loaded = [f"{_name_of(e.model)} {size(e.model.loaded_size())}" for e in entries if e.device == device]
     total, free = (
-        function(device) / GB
+        size(function(device))
         for function in (comfy.model_management.get_total_memory, comfy.model_management.get_free_memory)
     )
     cause = str(error).split("\n")[0]
     return (
-        f"Offload Mode: {_name_of(patcher)} ({patcher.model_size() / GB:.2f} GB) does not fit on {device}, also after "
-        f"all other models were unloaded ({cause}). {free:.2f} of {total:.2f} GB are free; loaded are "
+        f"Offload Mode: {_name_of(patcher)} ({size(patcher.model_size())}) does not fit on {device}, also after "
+        f"all other models were unloaded ({cause}). {free} of {total} are free; loaded are "
         f"{', '.join(loaded) or 'no models'}; the rest is held by other programs or by what a node keeps. Close other "
         "programs that use the GPU, use a smaller picture or batch, a smaller file (a lower quant), or the mode "
         "layer_streaming"

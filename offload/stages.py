@@ -20,6 +20,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
 
+from ..loaders.sizes import size
+
 GB = 10**9
 WEIGHTS_MARGIN = 1.1  # as the host multiplies what it is about to load
 
@@ -65,6 +67,17 @@ MODES: dict[str, dict[Part, frozenset[Moment]]] = {
 # The stages that come after a part's. Where nobody watches one of them, a part that is to leave does so at the end of
 # its own stage, because no later moment is known.
 _LATER = {Part.TEXT: {Part.DIFFUSION, Part.VAE}, Part.DIFFUSION: {Part.VAE}, Part.VAE: set(Part)}
+
+# What Release Memory releases, and how: `release.py` does it.
+CACHES = "caches"
+ALL = "all"
+WHAT: dict[str, Part | None] = {
+    "text_encoder": Part.TEXT,
+    "diffusion_model": Part.DIFFUSION,
+    CACHES: None,
+    ALL: None,
+}
+HOW = ("offload", "dispose")
 
 CHOICES = ("auto", "on", "off")
 ESTIMATES = ("dryrun", "formula")
@@ -128,7 +141,7 @@ class Need:
         return max(int(self.weights * WEIGHTS_MARGIN) + self.working, self.target)
 
     def __str__(self) -> str:
-        return f"{self.nbytes / GB:.2f} GB"
+        return size(self.nbytes)
 
 
 def reason_to_leave(
@@ -153,7 +166,7 @@ def reason_to_leave(
     if policy.at_once:
         return f"{policy.mode}: its stage is over"
     if need is not None and need.nbytes > free_bytes:
-        return f"{moment.value} needs {need}, {free_bytes / GB:.2f} GB are free"
+        return f"{moment.value} needs {need}, {size(free_bytes)} are free"
     return None
 
 

@@ -145,7 +145,7 @@ def test_events_are_bounded_and_in_order(caplog: pytest.LogCaptureFixture) -> No
     kept = events.recent_events()
     assert len(kept) == events.KEPT
     assert [event.nbytes for event in kept] == list(range(10, events.KEPT + 10))
-    assert [record.getMessage() for record in caplog.records] == ["model 5 leaves (0.000 GB): test"]
+    assert [record.getMessage() for record in caplog.records] == ["model 5 leaves (5 bytes): test"]
 
 
 # --- dry runs

@@ -6,6 +6,7 @@ Run as `stage_checks.py` is, whose models and host set-up these checks share.
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from host import stage_checks as stages  # switches the host to the mode that the command line names, so it comes first
 
+import comfy.model_management  # isort: skip
 import comfy.sd  # isort: skip
 import torch  # isort: skip
 from host.model_checks import FOLDER, GGUF, SAFETENSORS
@@ -30,6 +32,7 @@ from host.stage_checks import (
 )
 from pack.loaders.diffusion import load_diffusion_model
 from pack.loaders.gguf.errors import GGUFError
+from pack.loaders.text_encoder import load_text_encoder
 from pack.offload.attach import apply_block_swap, stream
 from pack.offload.costs import SwapRequest
 from pack.offload.release import release
@@ -97,6 +100,42 @@ def check_disposed_model_lets_go_of_its_file() -> None:
         assert torch.equal(latent(model), expected), number
 
 
+def check_model_that_the_host_unloaded_lets_go_of_its_file() -> None:
+    """Also one that was never loaded, and the network of Block Swap over the same mapping."""
+    nothing_loaded()
+    path = FOLDER / "unloaded.gguf"
+    shutil.copy(GGUF, path)
+    model = load_diffusion_model(path)
+    swapped = applied(model)
+    expected = latent(swapped)
+    for entry in list(comfy.model_management.current_loaded_models):
+        entry.model_unload()  # as the host does where another model needs the room
+        comfy.model_management.current_loaded_models.remove(entry)
+    gc.collect()
+    assert maps_of(path) and not told(lambda: release("diffusion_model", "offload"))
+    happened = told(lambda: release("diffusion_model", "dispose"))
+    gc.collect()
+    assert not maps_of(path)
+    assert len([event for event in happened if "its file is closed" in event.why]) >= 2, happened
+    assert torch.equal(latent(model), expected) and torch.equal(latent(swapped), expected)
+
+
+def check_cancelled_between_two_models() -> None:
+    nothing_loaded()
+    picture = Picture()
+    expected = picture.draw()[1]
+    assert picture.loaded() == {TEXT_ENCODER, DIFFUSION, VAE}
+    comfy.model_management.interrupt_current_processing()
+    try:
+        release("all", "dispose")
+        raise AssertionError("not cancelled")
+    except comfy.model_management.InterruptProcessingException:
+        assert len(picture.loaded()) == 2, "the first was not released, or not it alone"
+    assert same(picture.draw()[1], expected)
+    release("all", "dispose")
+    assert not picture.loaded() and not maps_of(GGUF)
+
+
 def check_merged_with_a_disposed_model() -> None:
     nothing_loaded()
     one, other = load_diffusion_model(GGUF), load_diffusion_model(GGUF)
@@ -149,6 +188,29 @@ def check_file_that_changed_after_it_was_disposed() -> None:
             assert path.name in str(error)
     path.with_suffix(".away").rename(path)
     assert torch.equal(latent(model), expected)
+
+
+def check_file_cut_off_before_it_is_read() -> None:
+    """An error before the mapping is touched, which would end the process."""
+    kinds: dict[str, Callable[[Path], Any]] = {
+        "plain": load_diffusion_model,
+        "streamed": lambda path: stream(load_diffusion_model(path, disable_dynamic=True), SwapRequest()),
+        "text": lambda path: load_text_encoder([path], stages.TINY.clip_type).patcher,
+    }
+    for kind, made in kinds.items():
+        nothing_loaded()
+        path = FOLDER / f"cut-{kind}.gguf"
+        shutil.copy(GGUF if kind != "text" else ENCODER, path)
+        patcher = made(path)
+        os.truncate(path, path.stat().st_size // 2)
+        uses = [lambda patcher=patcher: comfy.model_management.load_models_gpu([patcher])]
+        for use in [*uses, patcher.model_state_dict_for_saving]:
+            try:
+                use()
+                raise AssertionError(f"{kind}: no error")
+            except GGUFError as error:
+                assert path.name in str(error) and "changed" in str(error), error
+        assert not is_loaded(patcher)
 
 
 def check_model_of_the_host_says_that_its_ram_stays() -> None:

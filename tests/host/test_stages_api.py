@@ -18,7 +18,7 @@ from PIL import Image
 GGUF = demo.GGUF_FILES["Q8_0"]
 LOADER, CLIP, PROMPT, NEGATIVE, LATENT, SAMPLER, VAE, DECODE, SAVE = "123456789"
 MODE = "20"
-MOVES = re.compile(r" (begins|leaves|comes back|stays out|released) \([\d.]+ GB\): ")
+MOVES = re.compile(r" (begins|leaves|comes back|stays out|(?:is )?released) \([\d.]+ (?:bytes?|[kMG]B)\): ")
 LEAVES = re.compile(r"(text encoder|diffusion model|VAE) \(.*?\) leaves .*?(sampling|VAE \w+code|stage)")
 BEGINS = re.compile(r"(text encoding|sampling|VAE decode) \(.*begins")
 NO_ROOM = {"target_free_vram_gb": 1024.0}
