@@ -1,4 +1,4 @@
-"""LoRA file onto MODEL and CLIP."""
+"""LoRA file onto MODEL and CLIP. What applies it is imported when it is used: ComfyUI starts the faster."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..lora.apply import apply
 from ..lora.cache import AdapterCache
 from . import model_files
 
@@ -32,7 +31,7 @@ class ApplyLora(io.ComfyNode):
                 io.Combo.Input(
                     "lora_name",
                     options=model_files.names(FOLDERS),
-                    tooltip="A .safetensors or .gguf file in models/loras.",
+                    tooltip="A .safetensors or .gguf file in models/loras. Press R after adding a file.",
                 ),
                 io.Float.Input(
                     "strength_model",
@@ -44,7 +43,7 @@ class ApplyLora(io.ComfyNode):
                     "strength_clip",
                     **STRENGTH,
                     optional=True,
-                    tooltip="How strongly the LoRA changes the text encoder. Without one it does nothing.",
+                    tooltip="How strongly the LoRA changes the text encoder. Does nothing where clip is not connected.",
                 ),
                 io.Combo.Input(
                     "mode",
@@ -85,6 +84,8 @@ class ApplyLora(io.ComfyNode):
         strength_clip: float = 1.0,
         mode: str = "auto",
     ) -> io.NodeOutput:
+        from ..lora.apply import apply
+
         if strength_model == 0 and (clip is None or strength_clip == 0):
             return io.NodeOutput(model, clip)
         adapter = CACHE.get(model_files.find(FOLDERS, lora_name))

@@ -1,12 +1,10 @@
-"""Block Swap: models larger than VRAM, streamed block by block."""
+"""Block Swap: models larger than VRAM, streamed block by block. What streams is imported when it is used."""
 
 from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..offload.attach import apply_block_swap
-from ..offload.costs import RANGES, SwapRequest
-from ..offload.source import SOURCES
+from ..offload.costs import RANGES, SOURCES, SwapRequest
 
 BlockSwap = io.Custom("SLUICE_BLOCK_SWAP")
 
@@ -59,7 +57,8 @@ class BlockSwapConfig(io.ComfyNode):
                     round=0.001,
                     advanced=True,
                     optional=True,
-                    tooltip="VRAM to leave free for other programs and for fragmentation.",
+                    tooltip="VRAM to leave free, in GB, for other programs and for what torch cannot use. Choose more "
+                    "if you run out of memory all the same.",
                 ),
                 io.Combo.Input(
                     "weight_source",
@@ -76,7 +75,8 @@ class BlockSwapConfig(io.ComfyNode):
                     default=SwapRequest().offload_embeddings,
                     advanced=True,
                     optional=True,
-                    tooltip="Leave embedding tables in RAM and fetch only the rows that are used.",
+                    tooltip="Leave embedding tables in RAM and copy only the rows that are used. Saves VRAM in models "
+                    "with large tables; most diffusion models have none.",
                 ),
             ],
             outputs=[BlockSwap.Output(display_name="block_swap")],
@@ -106,4 +106,6 @@ class ApplyBlockSwap(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: object, block_swap: SwapRequest) -> io.NodeOutput:
+        from ..offload.attach import apply_block_swap
+
         return io.NodeOutput(apply_block_swap(model, block_swap))  # type: ignore[arg-type]

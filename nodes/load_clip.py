@@ -31,13 +31,14 @@ class LoadCLIP(io.ComfyNode):
                 io.Combo.Input(
                     "clip_name1",
                     options=files,
-                    tooltip="A .gguf or .safetensors file in models/text_encoders or models/clip, or in a folder that "
-                    "another pack calls clip_gguf.",
+                    tooltip="A .gguf or .safetensors file in models/text_encoders or models/clip. Press R after adding "
+                    "a file.",
                 ),
                 io.Combo.Input(
                     "type",
                     options=clip_types.offered(kind.name.lower() for kind in comfy.sd.CLIPType),
-                    tooltip="The model that the text is for. It decides how many files there must be, in any order.",
+                    tooltip="The model that the text is for. It decides how many files there must be: flux takes two, "
+                    "most others one. Their order does not matter.",
                 ),
                 *(
                     io.Combo.Input(
@@ -55,7 +56,8 @@ class LoadCLIP(io.ComfyNode):
                     default="default",
                     optional=True,
                     advanced=True,
-                    tooltip="cpu computes the text on the CPU and keeps the text encoder out of VRAM.",
+                    tooltip="default leaves it to ComfyUI. cpu computes the text on the CPU, more slowly, and keeps "
+                    "the text encoder out of VRAM.",
                 ),
             ],
             outputs=[io.Clip.Output()],
@@ -81,22 +83,27 @@ class LoadCLIP(io.ComfyNode):
     def fingerprint_inputs(cls, **inputs: str | None) -> str:
         given = [inputs.get(name, NONE) for name in NAMES]
         from ..loaders import mmproj
+        from ..offload.unified import mode
 
         # Which file a linked name will be is not known yet, so a change of any of them counts.
         names = model_files.names(FOLDERS) if None in given else _chosen(*given)
         # A projector that was put beside a model since belongs to it.
         paths = [folder_paths.get_full_path(FOLDERS, name) for name in names]
         beside = [str(other) for path in paths if path for other in mmproj.beside(path)]
-        return "; ".join([*(model_files.stamp(FOLDERS, name) for name in names), *beside])
+        return "; ".join([*(model_files.stamp(FOLDERS, name) for name in names), *beside, mode()])
 
     @classmethod
     def execute(cls, clip_name1: str, type: str, device: str = "default", **others: str) -> io.NodeOutput:
         from ..loaders.text_encoder import load_text_encoder
+        from ..offload.attach_unified import in_place_if_wanted, wanted
 
         names = _chosen(clip_name1, *(others.get(name) for name in NAMES[1:]))
         paths = [model_files.find(FOLDERS, name) for name in names]
         embeddings = folder_paths.get_folder_paths("embeddings")
-        return io.NodeOutput(load_text_encoder(paths, type, DEVICES[device], embeddings))
+        in_place, _ = wanted(DEVICES[device])
+        clip = load_text_encoder(paths, type, DEVICES[device], embeddings, disable_dynamic=in_place)
+        in_place_if_wanted(clip.patcher)
+        return io.NodeOutput(clip)
 
 
 def _chosen(*names: str | None) -> list[str]:

@@ -1,14 +1,12 @@
-"""GGUF file -> MODEL."""
+"""GGUF file -> MODEL. What loads and streams it is imported when it is used: ComfyUI starts the faster."""
 
 from __future__ import annotations
 
 import torch
 from comfy_api.latest import io
 
-from ..loaders.diffusion import load_diffusion_model
-from ..offload.attach import can_stream, default_request, stream
 from ..offload.costs import SwapRequest
-from . import model_files
+from . import model_files, settings
 from .block_swap import BlockSwap
 
 FOLDERS = "sluice_diffusion_models"
@@ -29,8 +27,8 @@ class LoadDiffusionModel(io.ComfyNode):
                 io.Combo.Input(
                     "model_name",
                     options=model_files.names(FOLDERS),
-                    tooltip="A .gguf file in models/diffusion_models or models/unet, or in a folder that another pack "
-                    "calls unet_gguf. Of a split model, the first part stands for all.",
+                    tooltip="A .gguf file in models/diffusion_models or models/unet. Of a model that is split into "
+                    "several files, the first one stands for all. Press R after adding a file.",
                 ),
                 BlockSwap.Input(
                     "block_swap",
@@ -44,8 +42,8 @@ class LoadDiffusionModel(io.ComfyNode):
                     default="auto",
                     advanced=True,
                     optional=True,
-                    tooltip="What the model computes in. auto leaves it to ComfyUI, which knows what suits the "
-                    "architecture and your GPU.",
+                    tooltip="The number format that the model computes in. auto leaves it to ComfyUI, which knows what "
+                    "suits the model and your GPU. Change it only when pictures come out black or noisy.",
                 ),
             ],
             outputs=[io.Model.Output()],
@@ -63,18 +61,27 @@ class LoadDiffusionModel(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str | None = None, **others: object) -> str:
+        from ..offload.attach import default_request
+        from ..offload.unified import mode
+
         # Which file a linked name will be is not known yet, so a change of any of them counts.
         names = model_files.names(FOLDERS) if model_name is None else [model_name]
-        return "; ".join(model_files.stamp(FOLDERS, name) for name in names)
+        stamps = [model_files.stamp(FOLDERS, name) for name in names]
+        return "; ".join([*stamps, str(default_request(settings.current().swap_request())), mode()])
 
     @classmethod
     def execute(
         cls, model_name: str, block_swap: SwapRequest | None = None, compute_dtype: str = "auto"
     ) -> io.NodeOutput:
-        request = block_swap or default_request()
-        model = load_diffusion_model(
-            model_files.find(FOLDERS, model_name), COMPUTE_DTYPES[compute_dtype], disable_dynamic=request is not None
-        )
+        from ..loaders.diffusion import load_diffusion_model
+        from ..offload.attach import can_stream, default_request, stream
+        from ..offload.attach_unified import use_in_place, wanted
+
+        path, dtype = model_files.find(FOLDERS, model_name), COMPUTE_DTYPES[compute_dtype]
+        if block_swap is None and wanted()[0]:
+            return io.NodeOutput(use_in_place(load_diffusion_model(path, dtype, disable_dynamic=True)))
+        request = block_swap or default_request(settings.current().swap_request())
+        model = load_diffusion_model(path, dtype, disable_dynamic=request is not None)
         if request is None or (block_swap is None and not can_stream(model)):
             return io.NodeOutput(model)
         return io.NodeOutput(stream(model, request))

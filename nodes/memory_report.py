@@ -7,9 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from .report.plot import plot
 from .report.reporter import REPORTER
-from .report.text import text
 
 log = logging.getLogger("sluice.report")
 
@@ -49,6 +47,9 @@ class MemoryReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, anything: Any, label: str = "") -> io.NodeOutput:
+        from .report.plot import plot
+        from .report.text import text
+
         REPORTER.timeline.mark(label=label or "report")
         report = REPORTER.report()
         told, picture = text(report, label), plot(report["timeline"], label)

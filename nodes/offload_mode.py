@@ -6,7 +6,6 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..offload.attach_stages import attach_stages
 from ..offload.stages import CHOICES, ESTIMATES, MODES, StagePolicy
 
 DEFAULTS = StagePolicy()
@@ -37,18 +36,20 @@ class OffloadMode(io.ComfyNode):
                     "when its stage ends, needed or not. layer_streaming: as cond_diffusion, and the diffusion model "
                     "streams.",
                 ),
-                io.Model.Input("model", optional=True, tooltip="Any MODEL. LoRAs may come before or after."),
-                io.Clip.Input("clip", optional=True, tooltip="Any CLIP."),
+                io.Model.Input("model", optional=True, tooltip="Any MODEL. LoRAs may come before or after this node."),
+                io.Clip.Input(
+                    "clip", optional=True, tooltip="Any CLIP. Connect what encodes the prompts to this node's output."
+                ),
                 io.Vae.Input("vae", optional=True, tooltip="Any VAE. It tells when the picture is done."),
                 _choice(
                     "offload_cond_stage",
-                    "Whether the text encoder may leave: auto as the mode says, on also where the mode would not, off "
-                    "never.",
+                    "Whether the text encoder may leave VRAM: auto as the mode says, on also where the mode would not, "
+                    "off never.",
                 ),
                 _choice(
                     "offload_diffusion",
-                    "Whether the diffusion model may leave: auto as the mode says, on also where the mode would not, "
-                    "off never.",
+                    "Whether the diffusion model may leave VRAM: auto as the mode says, on also where the mode would "
+                    "not, off never.",
                 ),
                 _choice(
                     "reload_cond_stage",
@@ -62,8 +63,8 @@ class OffloadMode(io.ComfyNode):
                 ),
                 _choice(
                     "vram_estimation",
-                    "What the VAE will need: dryrun finds it out once for each size, without using memory; formula is "
-                    "ComfyUI's estimate.",
+                    "How to find out what VRAM the VAE will need: dryrun tries it once for each picture size, without "
+                    "using memory; formula is ComfyUI's estimate.",
                     ESTIMATES,
                 ),
                 io.Float.Input(
@@ -75,15 +76,16 @@ class OffloadMode(io.ComfyNode):
                     round=0.01,
                     optional=True,
                     advanced=True,
-                    tooltip="Make room until at least this much VRAM is free when a stage begins. 0: what the stage "
-                    "needs.",
+                    tooltip="Make room until at least this much VRAM, in GB, is free when a stage begins. 0: as much "
+                    "as the stage needs.",
                 ),
                 io.Boolean.Input(
                     "log_events",
                     default=DEFAULTS.log_events,
                     optional=True,
                     advanced=True,
-                    tooltip="Write what leaves and comes back to ComfyUI's log. The memory report shows it always.",
+                    tooltip="Write to ComfyUI's log what leaves VRAM and what comes back. Memory Report always "
+                    "shows it.",
                 ),
             ],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
@@ -91,4 +93,6 @@ class OffloadMode(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any = None, clip: Any = None, vae: Any = None, **dials: Any) -> io.NodeOutput:
+        from ..offload.attach_stages import attach_stages  # late: ComfyUI starts the faster
+
         return io.NodeOutput(*attach_stages(StagePolicy(**dials), model, clip, vae))

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..offload.release import ALL, CACHES, HOW, WHAT, release
+from ..offload.stages import ALL, CACHES, HOW, WHAT
 from . import apply_lora
 
 
@@ -27,8 +27,8 @@ class ReleaseMemory(io.ComfyNode):
                     "what",
                     options=list(WHAT),
                     default="text_encoder",
-                    tooltip="What to release. caches: adapters that were read, what dry runs found, and memory that "
-                    "torch keeps for later. all: every model that ComfyUI has loaded, and the caches.",
+                    tooltip="What to release. caches: LoRA files that were read, the estimates of Offload Mode, and "
+                    "memory that torch keeps for later. all: every model that ComfyUI has loaded, and the caches.",
                 ),
                 io.Combo.Input(
                     "how",
@@ -47,6 +47,8 @@ class ReleaseMemory(io.ComfyNode):
 
     @classmethod
     def execute(cls, anything: Any, what: str, how: str) -> io.NodeOutput:
+        from ..offload.release import release  # late: ComfyUI starts the faster
+
         if what in (CACHES, ALL):
             apply_lora.CACHE.clear()
         release(what, how)

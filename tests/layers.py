@@ -21,19 +21,29 @@ MAX_LINES = 400
 KERNELS = "loaders/quant/kernels"
 
 # Where offloading meets the host's patchers.
-ATTACHING = ("offload/attach.py", "offload/attach_stages.py", "offload/seats.py", "offload/release.py")
+ATTACHING = (
+    *("offload/attach.py", "offload/attach_adapters.py", "offload/attach_stages.py", "offload/attach_unified.py"),
+    *("offload/seats.py", "offload/release.py"),
+)
+
+# About bytes and files alone, so that anybody may use them.
+LEAVES = ("loaders/sizes", "loaders/read_ahead")
 
 # Layer -> the layers that its files may import, itself included. The longest matching folder is a file's layer.
 LAYERS = {
     "": {"nodes"},
-    "nodes": {"nodes", "lora", "offload", *ATTACHING, "loaders", "loaders/quant", "loaders/gguf"},
+    "nodes": {
+        *("nodes", "lora", "offload", *ATTACHING),
+        *("loaders", *LEAVES, "loaders/safetensors_header", "loaders/quant", "loaders/gguf"),
+    },
     "lora": {"lora", "loaders/safetensors_header", "loaders/quant", "loaders/gguf"},
-    "offload": {"offload"},  # sees bytes and modules, never GGUF
-    **{path: {"offload", *ATTACHING, "loaders", "loaders/gguf"} for path in ATTACHING},
-    "loaders": {"loaders", "loaders/safetensors_header", "loaders/quant", "loaders/gguf"},
+    "offload": {"offload", *LEAVES},  # sees bytes and modules, never GGUF
+    **{path: {"offload", *ATTACHING, "loaders", *LEAVES, "loaders/quant", "loaders/gguf"} for path in ATTACHING},
+    "loaders": {"loaders", *LEAVES, "loaders/safetensors_header", "loaders/quant", "loaders/gguf"},
     "loaders/safetensors_header": set(),
+    **{path: set() for path in LEAVES},
     "loaders/quant": {"loaders/quant", "loaders/gguf"},
-    "loaders/gguf": {"loaders/gguf"},
+    "loaders/gguf": {"loaders/gguf", "loaders/sizes"},
 }
 
 # Module from outside -> the files and folders that may import it. Anything that is neither here nor in the standard
@@ -45,6 +55,7 @@ HOST_FILES = (
         "loaders/scaled_fp8.py",
         "loaders/patcher.py",
         "loaders/patch_at_use.py",
+        "loaders/progress.py",
         "lora/apply.py",
     ),
     *ATTACHING,
@@ -55,11 +66,11 @@ OUTSIDE = {
     "gguf": ("nodes", "lora", "loaders"),
     "psutil": ("nodes", "offload", "loaders"),
     "triton": (KERNELS,),
-    "comfy_kitchen": ("loaders/quant/layout.py", "offload/slots.py", *HOST_FILES),
+    "comfy_kitchen": ("loaders/quant/layout.py", "loaders/cold_weights.py", "offload/slots.py", *HOST_FILES),
     "comfy": HOST_FILES,
     "folder_paths": HOST_FILES,
     "comfy_api": ("__init__.py", "nodes"),
-    "comfy_execution": ("nodes",),
+    "comfy_execution": ("nodes", "loaders/compat.py"),
     # The host's own requirements, for the report's route and its plot.
     "aiohttp": ("nodes/report",),
     "PIL": ("nodes/report",),

@@ -10,7 +10,8 @@ from pack.nodes.report import plot, stages, text, timeline
 from pack.offload.blocks import Block
 from pack.offload.costs import SwapRequest
 from pack.offload.report import state_of
-from pack.offload.residency import Residency, Terms
+from pack.offload.residency import Residency
+from pack.offload.terms import Terms
 
 WIDTH = 64
 WEIGHT = WIDTH * WIDTH * 4  # bytes of a block's only large tensor
@@ -322,6 +323,7 @@ MODEL = {
     "misses": 1,
     "loras": [{"name": "l.safetensors", "strength": 0.5, "way": "auto", "weights": 24, "bytes": 300_000}],
     "patches": {"at_use": 24, "by_comfyui": 3, "bytes": 300_000},
+    "unified_memory": {"mode": "auto", "bytes": 3e9, "rung": "registered", "reason": "registered: it shares memory"},
 }
 REPORT = {
     "models": [MODEL],
@@ -340,6 +342,7 @@ def test_the_text_says_every_number() -> None:
         *("after sampling", "m.gguf", "flux", "Q4_K 6.50 GB", "7.00 GB", "4.00 GB resident", "2.00 GB streamed"),
         *("1.00 GB in the file", "ring 500.0 MB", "page_cache: why", "the plan", "812.5 ms", "compute 800.0 ms"),
         *("copies 40.0 ms", "2.46 GB/s", "compute binds", "19 passes", "1 misses", "l.safetensors at 0.5 (auto): 24"),
+        "used in place 3.00 GB: registered: it shares memory",
         *("anonymous 500.0 MB", "file ?", "allocated 4.00 GB", "reserved 5.00 GB", "1.00 GB of 8.00 GB free"),
         *("3 hits", "cuda: triton", "at most VRAM 2.50 GB"),
         "text encoder leaves, 4.70 GB: sampling",

@@ -32,7 +32,8 @@ ROOT = Path(sys.argv[1] if len(sys.argv) > 1 else sys.modules["pack"].__path__[0
 MODULE_FILES = {".py", ".pyc", ".so", ".pyd"}
 # Unwanted even inside a `try`. What the host has loaded already costs nothing and is not seen.
 WATCHED = {"gguf", "triton", "transformers"}
-EVENTS = {"socket.connect", "subprocess.Popen", "os.system", "os.mkdir", "os.remove"}
+NETWORK = {"socket.connect", "socket.bind", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"}
+EVENTS = NETWORK | {"subprocess.Popen", "os.system", "os.mkdir", "os.remove"}
 
 opened: list[str] = []
 events: list[str] = []

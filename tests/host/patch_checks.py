@@ -265,5 +265,19 @@ def check_replaced_weight_leaves_no_copy_on_the_device() -> None:
     assert copy() is None
 
 
+def check_weight_that_was_moved_twice_comes_home_without_a_copy() -> None:
+    """The host moves a model that fits to the device layer by layer, and then once more as a whole."""
+    ops = make_ops(torch.float32, None)
+    layer = ops.Linear(64, 96)
+    blocks = torch.from_numpy(np.zeros((96, 2 * 34), np.uint8))
+    layer.load_state_dict({"weight": quantized(blocks, GGMLType.Q8_0, (96, 64)), "bias": torch.zeros(96)})
+    weight, bias = layer.weight, layer.bias
+    for _ in range(2):
+        layer.to(torch.bfloat16)  # stands for any device
+    assert layer.weight is not weight
+    layer.to(torch.float32)
+    assert layer.weight is weight and layer.bias is bias
+
+
 if __name__ == "__main__":
     base.main(globals())

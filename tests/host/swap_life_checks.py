@@ -22,6 +22,7 @@ from host import model_checks as base  # switches the host to the mode that the 
 
 import comfy.model_management  # isort: skip
 import comfy.sd  # isort: skip
+import pack.offload.attach  # isort: skip
 import psutil  # isort: skip
 import torch  # isort: skip
 from host.model_checks import FOLDER, GGUF, ON_GPU, SAFETENSORS
@@ -39,11 +40,15 @@ from host.swap_checks import (
 )
 from pack.loaders.diffusion import load_diffusion_model
 from pack.loaders.gguf.errors import GGUFError
+from pack.offload.attach import stream
+from pack.offload.costs import SwapRequest
 from pack.offload.device import device_for
 from pack.offload.errors import SourceError
 from pack.offload.files import WeightFile
 
 TIGHT = DIALS["a ring for one block"]
+CPU = torch.device("cpu")
+Interrupt = comfy.model_management.InterruptProcessingException
 MB = 1 << 20
 
 
@@ -90,10 +95,13 @@ def held() -> dict[str, int]:
 
 def check_fifty_cycles_leave_nothing() -> None:
     """Loaded and unloaded by the host, and loaded from the file, applied and dropped."""
-    kept = streamed(load_diffusion_model(GGUF))
+    kept = [
+        streamed(load_diffusion_model(GGUF)),
+        stream(load_diffusion_model(GGUF, disable_dynamic=True), SwapRequest()),  # gives up its file while it is loaded
+    ]
 
     def cycle(number: int) -> None:
-        candidates = [kept]
+        candidates = [*kept]
         if number % 5 == 0:
             candidates += [streamed(load()) for load in MODELS.values()]
         for candidate in candidates:
@@ -258,6 +266,52 @@ def check_deleted_or_replaced_file_still_streams() -> None:
                 gc.collect()
 
 
+def check_file_is_let_go_while_all_weights_are_resident() -> None:
+    """And is opened again when a weight has to come from it: as it was, or with an error that names it."""
+    if not ON_GPU:  # on the CPU the mapping is where the weights are
+        return
+    with copied("gguf", "shelved") as path:
+
+        def mappings() -> int:
+            process = psutil.Process()
+            maps = sum(m.path == str(path) for m in process.memory_maps(grouped=False))
+            return maps + sum(file.path == str(path) for file in process.open_files())
+
+        def loaded():
+            return stream(load_diffusion_model(path, disable_dynamic=True), SwapRequest())
+
+        model = loaded()
+        assert mappings(), "nothing was mapped to begin with"
+        expected = latent(model)
+        for _ in range(2):
+            assert not residency_of(model).plan.copies and not mappings(), "all is resident, and the file still mapped"
+            assert torch.equal(latent(model), expected)
+            assert model.partially_unload(model.offload_device, model.loaded_size() // 4) > 0
+            assert residency_of(model).plan.copies and mappings(), "weights stream, from where?"
+            assert close_to(latent(model), expected)
+            comfy.model_management.unload_all_models()
+            assert same_bytes(bytes_of(model), bytes_of(load_diffusion_model(path, disable_dynamic=True)))
+            assert close_to(latent(model), expected)
+            model = loaded()
+            assert torch.equal(latent(model), expected)
+        contents = path.read_bytes()
+        path.unlink()
+        path.write_bytes(contents + b"x")
+        comfy.model_management.unload_all_models()
+        try:
+            latent(model)
+        except Exception as error:
+            assert path.name in str(error), error
+        else:
+            raise AssertionError("another file took its place, and nobody noticed")
+        model = loaded()
+        assert torch.equal(latent(model), expected), "the next run"
+        del model
+        comfy.model_management.unload_all_models()
+        gc.collect()
+        assert not mappings(), "a model that is gone holds the file"
+
+
 def check_room_is_made_for_others_when_the_file_is_gone() -> None:
     """Weights that would have to stream now cannot; that is no business of the model that needs the room."""
     with copied("gguf", "gone") as path:
@@ -280,7 +334,7 @@ def check_reads_that_fail() -> None:
     """From the third read of a run on, the file ends early or the disk reports an error; then all is well again."""
     model = load_diffusion_model(GGUF)
     expected, read = latent(model), WeightFile._read_at
-    swapped = streamed(model, weight_source="disk", **DIALS["some of each block"])
+    swapped = streamed(model, **DIALS["from disk"])  # through the smallest ring, so every pass reads
     assert torch.equal(latent(swapped), expected) or ON_GPU
     homes = bytes_of(swapped)
     for failure in (0, OSError(5, "Input/output error")):
@@ -321,6 +375,54 @@ def check_short_reads_are_read_on() -> None:
         assert torch.equal(latent(streamed(model, blocks_to_swap=BLOCKS, weight_source="disk")), expected) or ON_GPU
     finally:
         WeightFile._read_at = read
+
+
+# --- cancelled
+
+
+def check_cancelled_wherever_loading_looks() -> None:
+    """While weights are read, locked or copied, also to make room for another model. What was there stays whole."""
+    for load in MODELS.values():
+        swapped = streamed(load(), weight_source="pinned")
+        homes, expected = bytes_of(swapped), latent(swapped)
+        for moves in (swapped.detach, partial(swapped.partially_unload, CPU, MB)):
+            told = 0
+            for at in itertools.count():
+                comfy.model_management.current_loaded_models.clear()
+                try:
+                    with cancelling(at) as asked:
+                        moves()
+                        latent(swapped)
+                    break
+                except Interrupt:
+                    told = asked[0]
+                    assert residency_of(swapped).at_home and swapped.loaded_size() == 0, at
+                    assert same_bytes(bytes_of(swapped), homes), at
+                    assert torch.equal(latent(swapped), expected), at
+            assert told, "nothing was told"
+
+
+@contextlib.contextmanager
+def cancelling(at: int) -> Iterator[list[int]]:
+    """The user cancels when the streamer says for the `at`-th time how far it is."""
+    asked = [0]
+
+    @contextlib.contextmanager
+    def watched(what: str, total: int) -> Iterator[Callable[[int], None]]:
+        def told(nbytes: int) -> None:
+            asked[0] += 1
+            if asked[0] > at:
+                raise Interrupt
+
+        told(0)
+        yield told
+
+    own = pack.offload.attach.watched
+    pack.offload.attach.watched = watched
+    try:
+        yield asked
+    finally:
+        pack.offload.attach.watched = own
 
 
 # --- no room

@@ -105,7 +105,7 @@ def expected(demo_server: Server) -> dict[tuple[str, bool], np.ndarray]:
 def test_latent_is_that_without_block_swap(demo_server: Server, expected, model: str, by: str, lora: str) -> None:
     if by == "loader" and lora == "before":
         pytest.skip("the loader comes first")
-    for dials in (EVERYTHING, {"blocks_to_swap": 1, "prefetch_blocks": 0}, {"weight_source": "disk", **EVERYTHING}, {}):
+    for dials in (EVERYTHING, {"blocks_to_swap": 2, "prefetch_blocks": 0}, {"weight_source": "disk", **EVERYTHING}, {}):
         assert np.array_equal(latent(demo_server, model, dials, by, lora), expected[model, bool(lora)]), dials
     assert np.array_equal(latent(demo_server, model), expected[model, False])
 
@@ -143,7 +143,7 @@ def test_cancelled_and_run_again(demo_server: Server, expected) -> None:
 @pytest.mark.parametrize("model", [GGUF, PLAIN])
 def test_too_small_a_budget_names_one_that_works(demo_server: Server, expected, model: str) -> None:
     message = failure(demo_server, SAMPLER, model, {"vram_budget_gb": 0.001})
-    assert "Block Swap: the weights may take 0.00 GB of VRAM, but need" in message
+    assert "Block Swap: the weights may take 1.0 MB of VRAM, but need" in message
     found = re.search(r"raise vram_budget_gb to ([\d.]+) GB", message)
     assert found, message
     assert np.array_equal(latent(demo_server, model, {"vram_budget_gb": float(found[1])}), expected[model, False])
