@@ -22,7 +22,7 @@ from .blocks import Block
 from .costs import BlockCost, Link
 from .device import Device
 from .files import Weight
-from .hooks import Handles, follow, unfollow
+from .hooks import Following
 from .plan import StreamPlan, make_plan
 from .source import choose
 from .streamer import BlockStreamer
@@ -122,8 +122,7 @@ class AdapterStream:
         self._over: dict[int, list[Any]] = {}  # of a block: the functions' tensors over the ring, made once
         self._lent: list[tuple[Packable, Any]] = []
         self._inside: int | None = None
-        self._handles: Handles = []
-        self._patcher: Callable[[], object | None] = lambda: None  # on whose behalf, weakly
+        self._following = Following()
         self._close = weakref.finalize(self, _close, self._streamer, account, choice.source.pinned_bytes)
         account(choice.source.pinned_bytes)
         self._streamer.prefetch(0)
@@ -142,14 +141,11 @@ class AdapterStream:
 
     def follow(self, patcher: object) -> None:
         """Be told when the blocks compute, on behalf of `patcher`; `unfollow` ends that."""
-        if not self._handles:
-            self._handles = follow([block.module for block, _ in self._blocks], self)
-            self._patcher = weakref.ref(patcher)
+        self._following.begin([block.module for block, _ in self._blocks], self, patcher)
 
     def unfollow(self, patcher: object | None = None) -> None:
-        """For everybody; or unless it is on behalf of another than `patcher`, who is still there."""
-        if patcher is None or self._patcher() in (None, patcher):
-            unfollow(self._handles)
+        """For everybody, or for `patcher` alone."""
+        if self._following.end(patcher):
             self.restore()
 
     def enter(self, block: int) -> None:

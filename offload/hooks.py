@@ -12,8 +12,6 @@ from typing import Protocol
 
 import torch
 
-Handles = list[torch.utils.hooks.RemovableHandle]
-
 
 class Follower(Protocol):
     def enter(self, block: int) -> None:
@@ -23,20 +21,30 @@ class Follower(Protocol):
         """It has computed, or failed. Not told when the host breaks a run off with what is no `Exception`."""
 
 
-def follow(modules: Sequence[torch.nn.Module], follower: Follower) -> Handles:
-    """Tell `follower` of the forward of each of `modules`, by number, until `unfollow`."""
-    handles: Handles = []
-    reference = weakref.ref(follower)
-    for number, module in enumerate(modules):
-        before, after = _hooks(reference, number)
-        handles.append(module.register_forward_pre_hook(before, prepend=True))
-        handles.append(module.register_forward_hook(after, always_call=True))
-    return handles
+class Following:
+    """The hooks of one follower, on behalf of one patcher at a time, of which the network may have several."""
 
+    def __init__(self) -> None:
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._patcher: Callable[[], object | None] = lambda: None  # weakly
 
-def unfollow(handles: Handles) -> None:
-    while handles:
-        handles.pop().remove()
+    def begin(self, modules: Sequence[torch.nn.Module], follower: Follower, patcher: object) -> None:
+        """Tell `follower` of the forward of each of `modules`, by number, until `end`; nothing where that has begun."""
+        if self._handles:
+            return
+        self._patcher, reference = weakref.ref(patcher), weakref.ref(follower)
+        for number, module in enumerate(modules):
+            before, after = _hooks(reference, number)
+            self._handles.append(module.register_forward_pre_hook(before, prepend=True))
+            self._handles.append(module.register_forward_hook(after, always_call=True))
+
+    def end(self, patcher: object | None = None) -> bool:
+        """For everybody; or unless it is on behalf of another than `patcher`, who is still there. Whether it ended."""
+        if patcher is not None and self._patcher() not in (None, patcher):
+            return False
+        while self._handles:
+            self._handles.pop().remove()
+        return True
 
 
 def _hooks(reference: weakref.ref[Follower], block: int) -> tuple[Callable, Callable]:

@@ -16,8 +16,7 @@ is worth the move (`replan`).
 from __future__ import annotations
 
 import logging
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -29,7 +28,7 @@ from .blocks import Block
 from .costs import SMALL_BYTES, BlockCost, Link, SwapRequest
 from .device import Device, device_for
 from .errors import ArenaError
-from .hooks import Handles, follow, unfollow
+from .hooks import Following
 from .link import link_of
 from .plan import BudgetTooSmallError, StreamPlan, make_plan
 from .replan import replan
@@ -73,8 +72,7 @@ class Residency:
         self._device: Device | None = None
         self._terms: Terms | None = None
         self._streaming: Streaming | None = None
-        self._handles: Handles = []
-        self._patcher: Callable[[], object | None] = lambda: None  # on whose behalf, weakly
+        self._following = Following()
         self._last = -1
         self.plan: StreamPlan | None = None
         self.times: BlockTimes | None = None
@@ -356,14 +354,12 @@ class Residency:
 
     def follow(self, patcher: object) -> None:
         """Be told of the network's blocks while anything streams, on behalf of `patcher`; `unfollow` ends that."""
-        if self._streaming is not None and not self._handles:
-            self._handles = follow(self._modules, self)
-            self._patcher = weakref.ref(patcher)
+        if self._streaming is not None:
+            self._following.begin(self._modules, self, patcher)
 
     def unfollow(self, patcher: object | None = None) -> None:
-        """For everybody; or unless it is on behalf of another than `patcher`, who is still there."""
-        if patcher is None or self._patcher() in (None, patcher):
-            unfollow(self._handles)
+        """For everybody, or for `patcher` alone."""
+        if self._following.end(patcher):
             self.restore()
 
     def enter(self, block: int) -> None:
