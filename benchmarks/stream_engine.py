@@ -185,7 +185,7 @@ def main() -> None:
     kernels: Kernels = {}
     rows = [row for kind in arguments.sources for row in measure(kind, weights, plan, kernels)]
     if arguments.out:
-        facts = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "kernel": platform.release()}
+        facts = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "system": platform.system()}
         plan_text = str(plan)
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(

@@ -115,7 +115,11 @@ def main() -> None:
         write(path)
         for _ in range(options.rounds):
             run(path, seconds)
-    machine = {"system": platform.platform(terse=True), "cores": os.cpu_count(), "torch": torch.__version__}
+    machine = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+    }
     print(f"{WORDS} words x {WIDTH}, Q8_0; {machine}")
     print(f"{'median of ' + str(options.rounds):46s}  on the clock   of the CPU")
     for stage, values in seconds.items():

@@ -145,7 +145,7 @@ def fill_missing(file: GGUFFile, network: torch.nn.Module, given: Collection[str
     for part in OPTIONAL_PARTS:
         if hasattr(network, part) and not any(name.startswith(f"{part}.") for name in given):
             setattr(network, part, MissingPart(file.path, part, OPTIONAL_PARTS[part]))
-            log.info("%s has no %s: text must come processed by it", file.path.name, part)
+            log.info("%s has no %s: load the text encoder that has it, which processes the text", file.path.name, part)
     parameters = dict(network.named_parameters())
     missing = [name for name in parameters if name not in given]
     weights = [name for name in missing if not name.endswith(".bias")]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import comfy.lora
@@ -61,6 +62,7 @@ class PatchAtUse:
             freed = self.nbytes * len(self._moved)
             self._moved = {}
             return freed
+        device = _as_tensors_say(device)
         if device not in self._moved:
             if self.stays_home:
                 return 0
@@ -69,6 +71,12 @@ class PatchAtUse:
 
     def _copy(self, device: torch.device) -> Any:
         return [(patch[0], _to(patch[1], device), *patch[2:]) for patch in self.patches]
+
+
+@cache
+def _as_tensors_say(device: torch.device) -> torch.device:
+    """`mps` is `mps:0` to the tensors on it, and no key that they would find."""
+    return torch.empty(0, device=device).device
 
 
 class LowRankAtUse(PatchAtUse):

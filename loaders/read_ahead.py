@@ -128,10 +128,14 @@ def _by_reading(descriptor: int) -> Callable[[int], bool] | None:
             os.preadv(descriptor, [byte], offset, flag)
         except BlockingIOError:
             return False
+        except OSError:
+            return True  # whoever needs the byte will say what is wrong
         return True
 
     try:
-        cached(0)
+        os.preadv(descriptor, [byte], 0, flag)
+    except BlockingIOError:
+        return cached
     except OSError:
         return None
     return cached
@@ -144,7 +148,10 @@ def _by_mapping(descriptor: int) -> Callable[[int], bool] | None:
     if mincore is None:
         return None
     length = os.fstat(descriptor).st_size
-    mapping = mmap.mmap(descriptor, length, access=mmap.ACCESS_COPY)  # ctypes asks for an address it may write to
+    try:
+        mapping = mmap.mmap(descriptor, length, access=mmap.ACCESS_COPY)  # ctypes asks for an address it may write to
+    except (OSError, ValueError):  # it counts as memory that may be written, of which the system may allow less
+        return None
     address, page = ctypes.addressof(ctypes.c_char.from_buffer(mapping)), ctypes.c_ubyte(0)
 
     def cached(offset: int) -> bool:

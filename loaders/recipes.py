@@ -253,7 +253,9 @@ def parse_overrides(lines: Iterable[str]) -> list[tuple[re.Pattern[str], GGMLTyp
         try:
             found.append((re.compile(pattern), kinds[name.upper()]))
         except re.error as error:
-            raise ValueError(f"'{pattern}' in '{line}' is no regular expression: {error}") from None
+            raise ValueError(
+                f"'{pattern}' in '{line}' is no regular expression: {error}; write it as in img_mod=Q8_0"
+            ) from None
     return found
 
 

@@ -52,14 +52,15 @@ class AdapterCache:
         """
         from .read import read  # late: the node that owns a cache is imported when ComfyUI starts
 
+        identity = _identity(path)
         with self._lock:
-            identity = _identity(path)
             if identity in self._files:
                 self._hits += 1
                 self._files.move_to_end(identity)
                 return self._files[identity]
             self._misses += 1
-            file = read(path)
+        file = read(path)  # outside the lock: the server, which asks for the state, must not wait for a disk
+        with self._lock:
             for known in [known for known in self._files if known[0] == identity[0]]:
                 del self._files[known]  # the file before it was replaced
             if file.nbytes <= self.bound_bytes:

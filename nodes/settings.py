@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import folder_paths
+from comfy.cli_args import args
 
 from ..offload.costs import RANGES, SOURCES, SwapRequest
 
@@ -57,7 +58,9 @@ SENSIBLE: dict[str, Callable[[Any], bool]] = {
 
 
 def current() -> Settings:
-    """The settings as they are now."""
+    """The settings as they are now; the defaults on a server of several users, for no prompt says whose it is."""
+    if args.multi_user:
+        return Settings()
     path = Path(folder_paths.get_user_directory(), USER, FILE)
     try:
         status = path.stat()
@@ -107,7 +110,7 @@ def _read(path: Path, changed: int, size: int) -> Settings:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        log.warning("%s cannot be read (%s), so the default settings count", path.name, error)
+        log.warning("%s cannot be read (%s), so the default settings count; correct it or delete it", path.name, error)
         return Settings()
     chosen = {}
     for name, is_sensible in SENSIBLE.items():

@@ -188,6 +188,8 @@ def _after_run(patcher: ModelPatcher) -> None:
     residency = residency_of(patcher)
     if residency is not None:
         residency.restore()
+        if residency.arranged:  # as another plan may have it, once blocks were measured
+            patcher.model.model_loaded_weight_memory = residency.vram_bytes + patcher.adapter_bytes
     if (adapters := adapter_stream_of(patcher.model)) is not None:
         adapters.restore()
 
@@ -238,8 +240,11 @@ class StreamedPatcher(StreamingAdapters):
     ) -> float:
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             current = self.model.current_weight_patches_uuid
-            changed = current is not None and current != self.patches_uuid
             used = self.model.model_loaded_weight_memory
+            changed = current is not None and current != self.patches_uuid
+            if current is not None and not changed and self.adapters_made_room:
+                budget, _ = self._budget(device_to, used + extra_memory)
+                changed = self._residency.could_fit(budget - self._adapters().nbytes)  # they need not any more
             self._residency.unfollow()
             if changed:
                 self.keep_adapters()
@@ -330,15 +335,14 @@ class StreamedPatcher(StreamingAdapters):
         return request.budget(int(available), 0), request.budget(int(free), 0)
 
     def _terms(self, budget: int, most: int) -> Terms:
-        patched = set()
-        for key in self.patches:
-            module, _, name = key.rpartition(".")
-            patched.add((id(comfy.utils.get_attr(self.model, module)), name))
-        adapters = self.budgeted_adapter_bytes
+        names = (key.rpartition(".") for key in self.patches)
+        patched = {(id(comfy.utils.get_attr(self.model, module)), name) for module, _, name in names}
+        adapters, choice = self.budgeted_adapter_bytes, self._residency.choice
+        own = choice.source.pinned_bytes if choice else 0  # let go before another source is chosen
         return Terms(
             budget_bytes=max(0, budget - adapters),
             most_bytes=max(0, most - adapters),
-            pinned_budget_bytes=compat.pinned_memory_left(),
+            pinned_budget_bytes=compat.pinned_memory_left() + own,
             may_pin=compat.may_pin_memory(),
             located=located,
             dtype_of=_declared_dtype,

@@ -40,6 +40,11 @@ class StreamingAdapters(PatchingAtUse):
         return adapters.nbytes if adapter_stream_of(self.model) is None else adapters.least_bytes
 
     @property
+    def adapters_made_room(self) -> bool:
+        """Whether they stream, or lie beyond the budget, because it was too small."""
+        return self.load_device.type != "cpu" and bool(self.model.__dict__.keys() & {STREAM, BEYOND})
+
+    @property
     def budgeted_adapter_bytes(self) -> int:
         """What of that the weights' budget pays."""
         return 0 if BEYOND in self.model.__dict__ else self.adapter_bytes
@@ -82,8 +87,10 @@ class StreamingAdapters(PatchingAtUse):
                 pass
         self.model.__dict__[BEYOND] = True
         arrange()
-        log.warning("%s of LoRAs take VRAM beyond the budget, which is too small for more than the weights",
-                    size(self.adapter_bytes))  # fmt: skip
+        log.warning(
+            "%s of LoRAs stay in VRAM beyond the budget, which is too small for them; raise vram_budget_gb",
+            size(self.adapter_bytes),
+        )
 
     def _stream_adapters(self, device: torch.device) -> bool:
         """From now on those of blocks come with their block; False where they do already, or nothing is gained."""

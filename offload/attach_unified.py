@@ -51,7 +51,8 @@ class InPlace:
     @property
     def nbytes(self) -> int:
         """Of the weights that are used in place now."""
-        return self.window.nbytes if self.window is not None else 0
+        window = self.window  # the report asks from another thread
+        return window.nbytes if window is not None else 0
 
 
 def in_place_of(patcher: ModelPatcher) -> InPlace | None:
@@ -151,7 +152,9 @@ class InPlacePatcher(PatchingAtUse):
         state.slots, state.expected_bytes = slots if state.window is not None else [], state.nbytes
         name = type(self.model).__name__
         if state.window is None:
-            log.warning("%s is not used in place: %s", name, state.reason)
+            log.warning(
+                "%s: weights are copied to the GPU instead of used in place (unified memory): %s", name, state.reason
+            )
         else:
             log.info("%s: %.2f GB of weights are used in place, %s", name, state.nbytes / 1e9, state.reason)
 
@@ -232,5 +235,6 @@ def state_of(patcher: Any) -> dict[str, Any]:
     if state is None:
         _, why = wanted(patcher.load_device)
         return {"mode": mode(), "bytes": 0, "rung": None, "reason": why}
-    rung = state.window.rung if state.window is not None else None
+    window = state.window
+    rung = window.rung if window is not None else None
     return {"mode": mode(), "bytes": state.nbytes, "rung": rung, "reason": state.reason}

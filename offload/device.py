@@ -148,4 +148,6 @@ class HostDevice:
 
 def device_for(device: torch.device) -> Device:
     """CUDA (and ROCm, which torch calls the same) with streams, any other device in the program's own order."""
-    return CudaDevice(device) if device.type == "cuda" else HostDevice(device)
+    if device.type == "cuda":
+        return CudaDevice(device)
+    return HostDevice(torch.empty(0, device=device).device)  # as tensors there say it, with an index or without

@@ -108,7 +108,9 @@ class CudaRegistrar:
         with self._context():
             error = self._driver.cuMemHostUnregister(ctypes.c_void_p(address))
         if error:
-            log.warning("unregistering memory failed: %s", self._name(error))  # the GPU is lost: go on with closing
+            log.warning(
+                "unregistering memory failed: %s; if the GPU was lost, restart ComfyUI", self._name(error)
+            )  # the GPU is lost: go on with closing
 
     def device_address(self, address: int) -> int:
         there = ctypes.c_uint64()
@@ -164,7 +166,7 @@ class HipRegistrar:
         with torch.cuda.device(self._index):
             error = self._runtime.hipHostUnregister(ctypes.c_void_p(address))
         if error:
-            log.warning("unregistering memory failed: %s", self._name(error))
+            log.warning("unregistering memory failed: %s; if the GPU was lost, restart ComfyUI", self._name(error))
 
     def device_address(self, address: int) -> int:
         there = ctypes.c_void_p()

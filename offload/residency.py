@@ -226,7 +226,7 @@ class Residency:
         try:
             self._carry_out(plan, why, self._terms)
         except (torch.OutOfMemoryError, ArenaError) as error:
-            log.warning("the GPU has no room for a better plan (%s)", _first_line(error))
+            log.warning("the GPU has no room for a better plan (%s); the plan before stays", _first_line(error))
             self._carry_out(before, "back to the plan before", self._terms)
 
     # --- carrying a plan out
@@ -296,7 +296,7 @@ class Residency:
             try:
                 self.shelf.bring_back()
             except Exception as error:  # whoever uses the model next is told
-                log.warning("the model's weights are gone: %s", error)
+                log.warning("the model's weights are gone: %s; the next use says what to do", error)
         for slot in list(self._placed):
             self._send_home(slot)
         for module, name, buffer in self._buffers:

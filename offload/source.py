@@ -86,4 +86,8 @@ def choose(
             continue
         log.info("streamed weights come from %s", choice.reason)
         return choice
-    raise StreamError(f"no source for the streamed weights: {'; '.join(f'{rung}: {why}' for rung, why in refusals)}")
+    tried = "; ".join(f"{rung}: {why}" for rung, why in refusals)
+    raise StreamError(
+        f"no source for the streamed weights ({tried}); free RAM, or check that the model's file is still there, then "
+        "run again"
+    )

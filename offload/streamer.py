@@ -171,7 +171,7 @@ class BlockStreamer:
 
     def _check_open(self) -> None:
         if self._arena is None:
-            raise StreamError("the block streamer was closed; load the model again")
+            raise StreamError("the model was unloaded while it computed, so its weights no longer stream; run again")
 
     def _await_released(self, blocks: set[int]) -> None:
         for block in blocks:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import struct
+import threading
 import zipfile
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from pack.loaders.gguf.types import GGMLType
 from pack.loaders.quant import reference
 from pack.loaders.safetensors_header import DTYPES
 from pack.lora import keys
-from pack.lora.cache import AdapterCache
+from pack.lora import read as reading
+from pack.lora.cache import AdapterCache, CacheState
 from pack.lora.read import LoraError, read
 from safetensors.torch import save_file
 
@@ -211,6 +213,22 @@ def test_cache_keeps_the_last_used_within_its_bound(tmp_path: Path) -> None:
     assert cache.state().misses == 4
     cache.clear()
     assert cache.state().nbytes == 0
+
+
+def test_cache_tells_its_state_while_a_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_lora(tmp_path / "a.safetensors", 16)
+    cache, before = AdapterCache(bound_bytes=600), reading.read
+    states: list[CacheState] = []
+
+    def slow(path: Path) -> reading.AdapterFile:
+        asked = threading.Thread(target=lambda: states.append(cache.state()))
+        asked.start()
+        asked.join(10)
+        return before(path)
+
+    monkeypatch.setattr(reading, "read", slow)
+    cache.get(tmp_path / "a.safetensors")
+    assert [state.misses for state in states] == [1] and cache.state().files == 1
 
 
 def test_cache_reads_a_replaced_file_anew_and_keeps_no_giant(tmp_path: Path) -> None:

@@ -70,7 +70,12 @@ def _tried(data: torch.Tensor, ggml_type: GGMLType, kernel: Callable[..., Any], 
         raise
     except Exception as error:
         _failures[data.device.type, ggml_type] = f"{type(error).__name__}: {error}"
-        log.warning("the %s kernel does not work on %s, torch takes over: %s", ggml_type.name, data.device, error)
+        log.warning(
+            "the %s kernel does not work on %s, torch takes over, more slowly; update driver and Triton: %s",
+            ggml_type.name,
+            data.device,
+            error,
+        )
         return None
 
 
@@ -190,19 +195,25 @@ def _with_products(
         raise
     except Exception as error:  # too large for this GPU, say; the weight is made without it then
         _without_products[kind, ggml_type] = f"{type(error).__name__}: {error}"
-        log.warning("LoRAs are added to %s weights on %s after they are made: %s", ggml_type.name, data.device, error)
+        log.warning(
+            "the kernel that adds LoRAs to %s weights does not work on %s, torch adds them more slowly: %s",
+            ggml_type.name,
+            data.device,
+            error,
+        )
         return None
 
 
 def choices() -> dict[str, str]:
     """What was decided so far: kind of device, or kind of device and type, to implementation and reason."""
-    decided = {kind: why for kind, (_, why) in _chosen.items()}
-    return decided | {f"{kind} {t.name}": f"torch: its kernel failed: {why}" for (kind, t), why in _failures.items()}
+    chosen, failures = list(_chosen.items()), list(_failures.items())  # another thread may be adding to them
+    decided = {kind: why for kind, (_, why) in chosen}
+    return decided | {f"{kind} {t.name}": f"torch: its kernel failed: {why}" for (kind, t), why in failures}
 
 
 def kept_kernels() -> int:
     """How many compiled kernels are kept, for all devices together."""
-    modules = {kernels for kernels, _ in _chosen.values() if kernels is not None}
+    modules = {kernels for kernels, _ in list(_chosen.values()) if kernels is not None}
     return sum(kernels.launch.kept.count() for kernels in modules)
 
 

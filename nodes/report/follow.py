@@ -18,6 +18,7 @@ from .stages import SAMPLE, stage_of_node
 from .timeline import Timeline
 
 NAME = "sluice"
+FEWEST_BYTES = 1 << 20  # a progress bar of more counts bytes, not steps
 
 
 class Follower(ProgressHandler):
@@ -60,6 +61,10 @@ class Follower(ProgressHandler):
     def update_handler(
         self, node_id: str, value: float, max_value: float, state: Any, prompt_id: str, image: Any = None
     ) -> None:
+        if max_value >= FEWEST_BYTES:  # the bar of a file that is read or copied
+            self.timeline.sample()
+            self._changed()
+            return
         now, done = time.perf_counter(), int(value) - self.step
         if self._sampling and self.step and done > 0:
             self.step_ms = (now - self._told) * 1e3 / done

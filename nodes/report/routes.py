@@ -70,6 +70,9 @@ async def _describe_file(request: web.Request) -> web.Response:
         return web.json_response(await asyncio.get_running_loop().run_in_executor(None, files.describe, *asked))
     except files.NoSuchFileError as error:
         return web.json_response({"error": str(error)}, status=404)
+    except FileNotFoundError:  # listed, and gone since
+        gone = "the file is no longer there; press R in ComfyUI to refresh the lists"
+        return web.json_response({"error": gone}, status=404)
     except OSError as error:  # not all of it: it names folders
         return web.json_response({"error": f"the file cannot be read: {error.strerror}"}, status=422)
     except ValueError as error:

@@ -331,8 +331,9 @@ def check_loras_make_room_in_the_budget() -> None:
             ours.beside_adapters(CPU, lambda failures=failures: arrange(failures))
         except BudgetTooSmallError:
             assert failures == 3, "the weights alone have room"
-        finally:
-            ours.load_device = here
+        assert ours.adapters_made_room is (failures > 0)
+        ours.load_device = here
+        assert not ours.adapters_made_room  # a CPU has no room that they could miss
         assert budgets == [10**9 - used for used in (everything, least, 0)[: failures + 1]]
         assert (STREAM in ours.model.__dict__) is (failures > 0) and (BEYOND in ours.model.__dict__) is (failures > 1)
         if failures:

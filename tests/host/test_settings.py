@@ -26,6 +26,8 @@ for number, text in enumerate(json.loads(sys.argv[1])):
     path.write_text(text)
     os.utime(path, ns=(number, number))
     told.append({**asdict(settings.current()), "request": asdict(settings.current().swap_request())})
+comfy.cli_args.args.multi_user = True
+told.append(asdict(settings.current()))
 print(json.dumps(told))
 """
 DEFAULTS = {"weight_source": "auto", "reserve_gb": 0.5, "unified_memory": "off", "log_level": "info"}
@@ -62,13 +64,17 @@ def test_what_is_chosen_counts(told: list[dict[str, Any]]) -> None:
 
 
 def test_what_makes_no_sense_is_the_default(told: list[dict[str, Any]]) -> None:
-    for settings in told[2:-1]:
+    for settings in told[2:-2]:
         assert {name: settings[name] for name in DEFAULTS} == DEFAULTS
-    assert len(told) == 3 + len(BROKEN) + sum(map(len, NO_SENSE.values()))
+    assert len(told) == 4 + len(BROKEN) + sum(map(len, NO_SENSE.values()))
 
 
 def test_a_later_change_counts(told: list[dict[str, Any]]) -> None:
-    assert {name: told[-1][name] for name in DEFAULTS} == {**DEFAULTS, "reserve_gb": 1.5}
+    assert {name: told[-2][name] for name in DEFAULTS} == {**DEFAULTS, "reserve_gb": 1.5}
+
+
+def test_a_server_of_several_users_keeps_the_defaults(told: list[dict[str, Any]]) -> None:
+    assert told[-1] == DEFAULTS
 
 
 def test_the_dialog_offers_what_the_server_takes(run_in_host) -> None:

@@ -49,7 +49,7 @@ function badgeText(files) {
     for (const [type, bytes] of Object.entries(file.quant_types)) types[type] = (types[type] ?? 0) + bytes;
   }
   const shown = typesText(types).split(", ").slice(0, TYPES_SHOWN).join(", ");
-  const architectures = [...new Set(files.map((file) => file.architecture).filter(Boolean))].join(" + ");
+  const architectures = [...new Set(files.map((file) => file.architecture?.slice(0, 40)).filter(Boolean))].join(" + ");
   const total = size(files.reduce((sum, file) => sum + file.bytes, 0));
   return [total, shown, architectures].filter(Boolean).join(" · ");
 }
@@ -127,6 +127,14 @@ function colours() {
   return { ...(fgColor && { fgColor }), ...(bgColor && { bgColor }) };
 }
 
+/** Of a graph and of the subgraphs in it. @param {any} graph @returns {Generator<any>} */
+function* everyNode(graph) {
+  for (const node of graph?._nodes ?? []) {
+    yield node;
+    if (node.subgraph) yield* everyNode(node.subgraph);
+  }
+}
+
 /** @type {WeakMap<any, FileBadge>} */
 const badges = new WeakMap();
 
@@ -142,7 +150,7 @@ app.registerExtension({
   },
   /** R was pressed: files may be new or others. */
   refreshComboInNodes() {
-    for (const node of app.graph?._nodes ?? []) void badges.get(node)?.update();
+    for (const node of everyNode(app.graph)) void badges.get(node)?.update();
   },
   /** A workflow was opened: its values came without the widgets' callbacks. @param {any} node */
   loadedGraphNode(node) {

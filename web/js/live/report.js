@@ -51,11 +51,14 @@ export class ReportFeed {
     this._patience = POLL_MS.idle;
     /** @type {number | undefined} */
     this._timer = undefined;
+    this._asking = false;
+    this._stopped = true;
     this._onEvent = (/** @type {CustomEvent} */ event) => this._tell(event.detail);
     this._refresh = () => void this.refresh();
   }
 
   start() {
+    this._stopped = false;
     api.addEventListener(EVENT, this._onEvent);
     api.addEventListener("reconnected", this._refresh);
     this._timer = window.setInterval(() => {
@@ -65,6 +68,7 @@ export class ReportFeed {
   }
 
   stop() {
+    this._stopped = true;
     api.removeEventListener(EVENT, this._onEvent);
     api.removeEventListener("reconnected", this._refresh);
     window.clearInterval(this._timer);
@@ -72,13 +76,18 @@ export class ReportFeed {
 
   /** Ask the server now. */
   async refresh() {
+    if (this._asking) return; // the server is slow: one question at a time
+    this._asking = true;
     try {
       const answer = await api.fetchApi(ROUTE, { cache: "no-store" });
       if (!answer.ok) throw new Error(`the server answers ${answer.status} ${answer.statusText}`);
-      this._tell(await answer.json());
+      const report = await answer.json();
+      if (!this._stopped) this._tell(report);
     } catch (error) {
       this._told = Date.now();
-      this._onError(error instanceof Error ? error.message : String(error));
+      if (!this._stopped) this._onError(error instanceof Error ? error.message : String(error));
+    } finally {
+      this._asking = false;
     }
   }
 
