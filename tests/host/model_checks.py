@@ -112,7 +112,7 @@ def dynamic_vram(granted: bool) -> None:
     def cast_from_elsewhere(layer, *args, **kwargs):
         if hasattr(layer, "_v"):
             CASTS.add(id(layer))
-            kwargs["device"] = str(kwargs["device"])
+            kwargs["device"] = str(kwargs["device"] if "device" in kwargs else args[0].device)
         return cast(layer, *args, **kwargs)
 
     comfy.ops.cast_bias_weight = cast_from_elsewhere
