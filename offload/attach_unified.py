@@ -32,6 +32,7 @@ from ..loaders.ops import MappedLayer
 from ..loaders.patcher import PatchingAtUse, patching_class
 from ..loaders.quant import dispatch, reference
 from ..loaders.quant.layout import is_gguf
+from ..loaders.sizes import size
 from .attach import located
 from .slots import Slot, slots_of
 from .unified import IN_PLACE, Window, facts_of, ladder, mode, open_window
@@ -156,7 +157,7 @@ class InPlacePatcher(PatchingAtUse):
                 "%s: weights are copied to the GPU instead of used in place (unified memory): %s", name, state.reason
             )
         else:
-            log.info("%s: %.2f GB of weights are used in place, %s", name, state.nbytes / 1e9, state.reason)
+            log.info("%s: %s of weights are used in place, %s", name, size(state.nbytes), state.reason)
 
     def _go_home(self, state: InPlace) -> None:
         for slot in state.slots:

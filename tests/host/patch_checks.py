@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from pathlib import Path
 
 from host import model_checks as base  # switches the host to the mode that the command line names, so it comes first
 
@@ -103,8 +104,8 @@ def check_one_hook_replaces_another() -> None:
     assert not functions(patcher)
 
 
-def check_hooks_on_plain_weights_and_biases() -> None:
-    """The host writes hooked plain weights in place; those of a file are its read-only mapping."""
+def plain_file() -> Path:
+    """The model's numbers in a GGUF file without any quantised weight."""
     path = FOLDER / "plain.gguf"
     if not path.exists():
         writer = gguf.GGUFWriter(path, "sd3")
@@ -114,10 +115,15 @@ def check_hooks_on_plain_weights_and_biases() -> None:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+    return path
+
+
+def check_hooks_on_plain_weights_and_biases() -> None:
+    """The host writes hooked plain weights in place; those of a file are its read-only mapping."""
     bias = WEIGHT.replace(".weight", ".diff_b")
     size = load_file(SAFETENSORS)[WEIGHT.removeprefix("diffusion_model.").replace(".weight", ".bias")].shape
     adapter = {**load_file(FOLDER / "lora.safetensors"), bias: torch.full(size, 0.5)}
-    patcher = load_diffusion_model(path)
+    patcher = load_diffusion_model(plain_file())
     plain, expected = latent(patcher), hooked_latent(reference(), adapter=adapter)
     assert not torch.equal(expected, hooked_latent(reference())), "the bias changes nothing"
     for _ in range(2):

@@ -9,15 +9,13 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from host import model_checks as base  # switches the host to the mode that the command line names, so it comes first
 
 import comfy.model_management  # isort: skip
-import gguf  # isort: skip
 import torch  # isort: skip
 from host import encoder_files, patch_checks, stage_checks
-from host.model_checks import FOLDER, GGUF, MODE, ON_GPU, SAFETENSORS, file_is_mapped, latent, weights, with_lora
+from host.model_checks import FOLDER, GGUF, MODE, ON_GPU, file_is_mapped, latent, weights, with_lora
 from pack.loaders.diffusion import ATTACHMENT, load_diffusion_model
 from pack.loaders.quant.layout import is_gguf
 from pack.loaders.text_encoder import load_text_encoder
@@ -137,27 +135,13 @@ def check_hooks() -> None:
         unload()
 
 
-def plain_file() -> Path:
-    """The same numbers in a GGUF file without any quantised weight."""
-    path = FOLDER / "plain.gguf"
-    if not path.exists():
-        writer = gguf.GGUFWriter(str(path), "sd3")
-        for name, tensor in load_file(SAFETENSORS).items():
-            writer.add_tensor(name, tensor.float().numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-    return path
-
-
 def check_plain_weights_that_the_host_patches() -> None:
     """By a patch, which it writes into a copy, and by a hook, which it writes into the weight."""
     if ON_GPU:
         return  # the file's float32 is computed with in 16 bits there, and so no weight is plain
 
     def made():
-        return load_diffusion_model(plain_file(), disable_dynamic=True)
+        return load_diffusion_model(patch_checks.plain_file(), disable_dynamic=True)
 
     with mode(unified.FORCE):
         model = use_in_place(made())
