@@ -106,6 +106,11 @@ class MappedLayer(torch.nn.Module):
         self._home[name] = parameter
         self._away.pop(name, None)
 
+    def show_away(self, name: str, parameter: torch.nn.Parameter) -> None:
+        """The mapped tensor `name` was copied to a device, as `parameter`. It goes home when the layer does."""
+        self._parameters[name] = self._away[name] = parameter
+        self.forget_bound()
+
     def forget_bound(self) -> None:
         """Let go of the calls that are bound to the weight."""
         self._bound = self._folded_weight = None

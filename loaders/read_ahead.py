@@ -16,7 +16,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import TypeVar
 
+T = TypeVar("T")
 Span = tuple[int, int]  # start and end in a file
 
 Told = Callable[[int], None]  # how many bytes more are done; 0 now and then while none are. Raises to end the work.
@@ -58,7 +60,7 @@ def read_ahead(descriptor: int, spans: Iterable[Span], watch: Watch, name: str) 
     return total
 
 
-def patiently(job: concurrent.futures.Future[int], told: Told) -> int:
+def patiently(job: concurrent.futures.Future[T], told: Told) -> T:
     """The result of `job`; who watches is asked meanwhile."""
     while True:
         try:

@@ -95,6 +95,7 @@ class LoadCLIP(io.ComfyNode):
     @classmethod
     def execute(cls, clip_name1: str, type: str, device: str = "default", **others: str) -> io.NodeOutput:
         from ..loaders.text_encoder import load_text_encoder
+        from ..offload.attach_arrival import arriving
         from ..offload.attach_unified import in_place_if_wanted, wanted
 
         names = _chosen(clip_name1, *(others.get(name) for name in NAMES[1:]))
@@ -102,7 +103,7 @@ class LoadCLIP(io.ComfyNode):
         embeddings = folder_paths.get_folder_paths("embeddings")
         in_place, _ = wanted(DEVICES[device])
         clip = load_text_encoder(paths, type, DEVICES[device], embeddings, disable_dynamic=in_place)
-        in_place_if_wanted(clip.patcher)
+        in_place_if_wanted(arriving(clip.patcher))
         return io.NodeOutput(clip)
 
 

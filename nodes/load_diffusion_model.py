@@ -75,6 +75,7 @@ class LoadDiffusionModel(io.ComfyNode):
     ) -> io.NodeOutput:
         from ..loaders.diffusion import load_diffusion_model
         from ..offload.attach import can_stream, default_request, stream
+        from ..offload.attach_arrival import arriving
         from ..offload.attach_unified import use_in_place, wanted
 
         path, dtype = model_files.find(FOLDERS, model_name), COMPUTE_DTYPES[compute_dtype]
@@ -83,5 +84,5 @@ class LoadDiffusionModel(io.ComfyNode):
         request = block_swap or default_request(settings.current().swap_request())
         model = load_diffusion_model(path, dtype, disable_dynamic=request is not None)
         if request is None or (block_swap is None and not can_stream(model)):
-            return io.NodeOutput(model)
+            return io.NodeOutput(arriving(model))
         return io.NodeOutput(stream(model, request))

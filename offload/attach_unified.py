@@ -82,7 +82,7 @@ def use_in_place(patcher: ModelPatcher) -> ModelPatcher:
     """
     if patcher.is_dynamic():
         raise ValueError("unified memory needs a model of the classic kind: load it with disable_dynamic")
-    slots = _candidates(patcher.model, set())
+    slots = candidates(patcher.model, set())
     patcher.model.__dict__[IN_PLACE] = InPlace(sum(slot.nbytes for slot in slots))
     patcher.__class__ = _in_place_class(type(patcher))  # type: ignore[assignment, arg-type]
     init = patcher.cached_patcher_init  # how the host makes another one, for a second GPU for instance
@@ -142,7 +142,7 @@ class InPlacePatcher(PatchingAtUse):
         if self.offload_device.type != "cpu":
             state.reason = "ComfyUI was started so that models stay in VRAM, where they are faster"
             return
-        slots = _candidates(self.model, set(self.patches))
+        slots = candidates(self.model, set(self.patches))
         if not slots:
             state.reason = "no weight lies in a file as the model computes with it"
             return
@@ -194,8 +194,8 @@ class InPlacePatcher(PatchingAtUse):
             super()._own_memory(key)
 
 
-def _candidates(network: torch.nn.Module, patched: set[str]) -> list[Slot]:
-    """The weights that could be used in place: in a file, and as the layer computes with them."""
+def candidates(network: torch.nn.Module, patched: set[str]) -> list[Slot]:
+    """The weights at home that a layer could use as they are: in a file, and as it computes with them."""
     theirs = {id(weight) for key, weight in network.named_parameters() if key in patched and not is_gguf(weight)}
     return [
         slot

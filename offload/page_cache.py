@@ -91,7 +91,7 @@ class RegisteredFile:
         self._map = mmap.mmap(file.fileno(), file.stored.size, access=mmap.ACCESS_READ)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            self._data = torch.from_numpy(np.frombuffer(self._map, dtype=np.uint8))
+            self.data = torch.from_numpy(np.frombuffer(self._map, dtype=np.uint8))
         self._registrar = registrar
         self._ends: dict[int, int] = {}  # of every registered range
 
@@ -99,13 +99,22 @@ class RegisteredFile:
         for begin, end in spans:
             for start in range(begin, end, REGISTER_BYTES):
                 stop = min(start + REGISTER_BYTES, end)
-                self._registrar.register(self._data.data_ptr() + start, stop - start, read_only=True)
-                self._ends[start] = stop
+                self.lock(start, stop)
                 told(stop - start)
+
+    def lock(self, start: int, stop: int) -> None:
+        """Register one range, from the beginning of a page on."""
+        self._registrar.register(self.data.data_ptr() + start, stop - start, read_only=True)
+        self._ends[start] = stop
+
+    def unlock(self, start: int) -> None:
+        """Undo `lock`. No copy from there may be under way."""
+        self._registrar.unregister(self.data.data_ptr() + start)
+        del self._ends[start]
 
     def pieces(self, weight: Weight) -> list[tuple[int, torch.Tensor]]:
         """A weight, cut where a registration ends: one copy may not read from two."""
-        return [(start - weight.offset, self._data[start:stop]) for start, stop in self._cut(weight)]
+        return [(start - weight.offset, self.data[start:stop]) for start, stop in self._cut(weight)]
 
     def _cut(self, weight: Weight) -> Iterator[tuple[int, int]]:
         for begin, end in self._ends.items():
@@ -114,8 +123,7 @@ class RegisteredFile:
                 yield start, stop
 
     def close(self) -> None:
-        while self._ends:
-            start, _ = self._ends.popitem()
-            self._registrar.unregister(self._data.data_ptr() + start)
-        del self._data
+        for start in list(self._ends):
+            self.unlock(start)
+        del self.data
         self._map.close()

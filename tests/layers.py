@@ -22,8 +22,8 @@ KERNELS = "loaders/quant/kernels"
 
 # Where offloading meets the host's patchers.
 ATTACHING = (
-    *("offload/attach.py", "offload/attach_adapters.py", "offload/attach_stages.py", "offload/attach_unified.py"),
-    *("offload/seats.py", "offload/release.py"),
+    *("offload/attach.py", "offload/attach_adapters.py", "offload/attach_arrival.py", "offload/attach_stages.py"),
+    *("offload/attach_unified.py", "offload/seats.py", "offload/release.py"),
 )
 
 # About bytes and files alone, so that anybody may use them.

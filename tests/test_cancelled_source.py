@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from pack.loaders.read_ahead import Told
-from pack.offload import arrival
 from pack.offload.arrival import bring
 from pack.offload.device import HostDevice
 from pack.offload.files import Weight, WeightFile
+from pack.offload.slots import Slot
 from pack.offload.source import choose
 from test_slots import parameter
 from test_source import (  # noqa: F401  (fixtures)
@@ -104,7 +104,7 @@ def test_bringing_weights_is_told_and_cancelled(
     device: HostDevice,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    slots = [arrival.Slot(parameter(torch.full((PAGE,), float(number)))) for number in range(4)]
+    slots = [Slot(parameter(torch.full((PAGE,), float(number)))) for number in range(4)]
     arguments = (slots, device, lambda slot: None, lambda tensor: None, True)
     with pytest.raises(Cancelled):
         bring(*arguments, watch=Canceller(2).watch)

@@ -1,0 +1,79 @@
+"""A GGUF model that the host loads whole comes to the GPU through its file's locked pages, as one that streams does.
+
+The host moves a network module by module, and the driver copies each weight through a small buffer of its own, at a
+tenth of what the link can do. So before the host loads a model for which there is room, its weights are brought
+(`arrival`), and the host finds them there. Everything else stays the host's: a model that does not fit, its plain
+weights that are to be patched, biases and norms, and the way back, on which mapped weights go home without a copy.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from ..loaders import compat
+from ..loaders.diffusion import ATTACHMENT
+from ..loaders.patcher import PatchingAtUse, check_files, patching_class
+from ..loaders.progress import watched
+from .arrival import bring
+from .attach import located, residency_of
+from .attach_unified import candidates
+from .device import device_for
+from .errors import SourceError
+
+log = logging.getLogger("sluice.offload")
+
+BUFFERS = 4  # times the largest weight is more than the host keeps free for weights that it does not load
+
+
+def arriving(patcher: ModelPatcher) -> ModelPatcher:
+    """`patcher` itself, from now on loaded this way where it can be: one of ours, of the host's classic kind."""
+    if patcher.get_attachment(ATTACHMENT) is not None and not patcher.is_dynamic():
+        patcher.__class__ = _arriving_class(type(patcher))  # type: ignore[assignment, arg-type]
+    return patcher
+
+
+class ArrivingPatcher(PatchingAtUse):
+    """Mixed in before the host's classic patcher."""
+
+    def load(
+        self,
+        device_to: torch.device | None = None,
+        lowvram_model_memory: float = 0,
+        force_patch_weights: bool = False,
+        full_load: bool = False,
+    ) -> None:
+        if residency_of(self) is None:  # which brings what stays itself
+            device = torch.device(self.load_device if device_to is None else device_to)
+            self._bring(device, float("inf") if full_load else lowvram_model_memory)
+        super().load(device_to, lowvram_model_memory, force_patch_weights, full_load)
+
+    def _bring(self, device: torch.device, budget: float) -> None:
+        """Everything that is at home and may go as it is, if the host is going to load the whole model."""
+        there = device_for(device)
+        if not compat.may_pin_memory() or there.registrar.read_only_refusal():
+            return
+        slots = candidates(self.model, set(self.patches))
+        if not slots or self.model_size() + BUFFERS * max(slot.nbytes for slot in slots) > budget:
+            return
+        self._before_loading(device)
+        try:
+            arrived = bring(slots, there, lambda slot: None, located, True, watched)
+        except SourceError as error:
+            check_files(self.model)
+            log.debug("the host loads %s: %s", type(self.model).__name__, error)  # moved, and still sound where mapped
+            return
+        except BaseException:
+            self.detach()
+            raise
+        for slot, parameter in zip(slots, arrived, strict=True):
+            for layer, name in slot.owners:
+                layer.show_away(name, parameter)  # type: ignore[operator]
+
+
+@cache
+def _arriving_class(base: type) -> type:
+    return type(f"Arriving{base.__name__}", (ArrivingPatcher, patching_class(base)), {})

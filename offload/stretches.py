@@ -1,0 +1,173 @@
+"""Copy weights from their file to the device through its cached pages, locked no longer than they are copied.
+
+Locking a page takes about as long as copying it does over a fast link, so the file is taken in *stretches*, and three
+things happen at a time:
+
+    a thread      locks the stretches that come next
+    the caller    allocates, and enqueues the copies of what is locked
+    a thread      unlocks what has been copied
+
+Only a few stretches are locked at any moment, however large the file is: other programs lose nothing but that.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+
+from ..loaders.read_ahead import Told, patiently
+from .device import Device, Event
+from .errors import RefusedError
+from .files import OpenFiles, StoredFile, Weight
+from .page_cache import RegisteredFile, used_spans
+
+STRETCH_BYTES = 128 << 20
+AHEAD = 3  # stretches that are locked, or about to be, before their copies are enqueued
+LOCKED = 8  # at once
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes `start` to `stop` of weight `number`."""
+
+    number: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Whole pages of a file from `start` to `stop`, and the parts of weights on them with their places in the file."""
+
+    file: StoredFile
+    start: int
+    stop: int
+    parts: list[tuple[Part, int]] = field(default_factory=list)
+
+
+def cut(weights: Mapping[int, Weight]) -> list[Stretch]:
+    """The stretches of the files of `weights`, in order; every byte of a weight is in one part of one of them."""
+    stretches: list[Stretch] = []
+    for file in dict.fromkeys(weight.file for weight in weights.values() if weight.file is not None):
+        of_file = {number: weight for number, weight in weights.items() if weight.file == file}
+        own = [
+            Stretch(file, start, min(start + STRETCH_BYTES, end))
+            for begin, end in used_spans(of_file.values(), file.size)
+            for start in range(begin, end, STRETCH_BYTES)
+        ]
+        starts = [stretch.start for stretch in own]
+        for number, weight in of_file.items():
+            done = 0
+            while done < weight.nbytes:
+                stretch = own[bisect_right(starts, weight.offset + done) - 1]
+                end = min(stretch.stop - weight.offset, weight.nbytes)
+                stretch.parts.append((Part(number, done, end), weight.offset + done))
+                done = end
+        stretches.extend(own)
+    return stretches
+
+
+def copied(weights: Mapping[int, Weight], device: Device, told: Told) -> tuple[dict[int, torch.Tensor], str]:
+    """The bytes of `weights` on the device (uint8, flat), complete when this returns.
+
+    Args:
+        weights: in files, by a number of the caller's.
+        told: of the weights that arrived; what it raises leaves nothing locked, and nothing on the device.
+
+    Returns:
+        The weights that arrived, and why the others did not: from some page on, locking was refused.
+
+    Raises:
+        torch.OutOfMemoryError: nothing of them stays on the device.
+        SourceError: a file is not what was loaded.
+    """
+    files = OpenFiles(weights.values())
+    crossing = Crossing(weights, device, files)
+    try:
+        refusal = crossing.go(told)
+        files.check()
+        return crossing.arrived(), refusal
+    finally:
+        crossing.close()
+        files.close()
+
+
+class Crossing:
+    """The weights on their way."""
+
+    def __init__(self, weights: Mapping[int, Weight], device: Device, files: OpenFiles) -> None:
+        self._weights, self._device = weights, device
+        self._mapped = {file.stored: RegisteredFile(file, device.registrar) for file in files.all()}
+        self._stretches = cut(weights)
+        self._left = {number: weight.nbytes for number, weight in weights.items()}
+        self._places: dict[int, torch.Tensor] = {}
+        self._copying, self._allocated = device.new_copy_stream(), device.new_event()
+        self._locker, self._unlocker = ThreadPoolExecutor(1, "sluice-lock"), ThreadPoolExecutor(1, "sluice-unlock")
+
+    def go(self, told: Told) -> str:
+        """Copy as much as can be locked; why that is not all, or nothing."""
+        refusal = ""
+        locks: deque[Future[str]] = deque()  # of the stretches from this one on
+        unlocks: deque[Future[int]] = deque()  # of those before it
+        waiting = deque(self._stretches)
+        for stretch in self._stretches:
+            while waiting and len(locks) < AHEAD:
+                if len(locks) + len(unlocks) >= LOCKED:
+                    told(patiently(unlocks.popleft(), told))
+                locks.append(self._locker.submit(self._lock, waiting.popleft()))
+            refusal = patiently(locks.popleft(), told)
+            if refusal:
+                break
+            unlocks.append(self._unlocker.submit(self._unlock, stretch, *self._enqueue(stretch)))
+        while unlocks:
+            told(patiently(unlocks.popleft(), told))
+        return refusal
+
+    def _lock(self, stretch: Stretch) -> str:
+        """Why that was refused, or nothing."""
+        try:
+            self._mapped[stretch.file].lock(stretch.start, stretch.stop)
+        except RefusedError as refusal:
+            return str(refusal)
+        return ""
+
+    def _enqueue(self, stretch: Stretch) -> tuple[Event, int]:
+        """Copy what is on the stretch; the event after that, and the bytes of the weights that are complete then."""
+        for part, _ in stretch.parts:
+            if part.number not in self._places:
+                self._places[part.number] = self._device.allocate(self._weights[part.number].nbytes)
+        # The allocator may hand out memory that kernels enqueued earlier still use.
+        self._device.record(self._allocated, self._device.compute_stream())
+        self._device.wait(self._copying, self._allocated)
+        mapped, complete = self._mapped[stretch.file], 0
+        with self._device.on(self._copying):
+            for part, offset in stretch.parts:
+                place = self._places[part.number][part.start : part.stop]
+                self._device.copier(place, mapped.data[offset : offset + place.nbytes])()
+                self._left[part.number] -= place.nbytes
+                complete += 0 if self._left[part.number] else self._weights[part.number].nbytes
+        done = self._device.new_event()
+        self._device.record(done, self._copying)
+        return done, complete
+
+    def _unlock(self, stretch: Stretch, done: Event, complete: int) -> int:
+        self._device.synchronize(done)
+        self._mapped[stretch.file].unlock(stretch.start)
+        return complete
+
+    def arrived(self) -> dict[int, torch.Tensor]:
+        return {number: place for number, place in self._places.items() if not self._left[number]}
+
+    def close(self) -> None:
+        """Wait for what is under way, and let go of everything but what `arrived` gave."""
+        self._locker.shutdown(wait=True, cancel_futures=True)
+        self._device.synchronize(self._copying)
+        self._unlocker.shutdown(wait=True)
+        self._places = {}
+        for mapped in self._mapped.values():
+            mapped.close()

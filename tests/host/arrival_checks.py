@@ -1,0 +1,193 @@
+"""Checks of GGUF models that the host loads whole: brought through locked pages, they are the same and leave nothing.
+
+Run as `model_checks.py` is, whose modes and host set-up these checks share. On the CPU no page can be locked; there a
+registrar that only takes notes stands for the driver, the weights arrive in memory of their own, and the host then
+sends them home as it would to any device where they are already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from host import model_checks as base  # switches the host to the mode that the command line names, so it comes first
+
+import comfy.model_management  # isort: skip
+import torch  # isort: skip
+from host import encoder_files, patch_checks, stage_checks
+from host.model_checks import CPU, GGUF, MODE, ON_GPU, latent, weights, with_lora
+from host.unified_checks import unload
+from pack.loaders import progress
+from pack.loaders.diffusion import load_diffusion_model
+from pack.loaders.text_encoder import load_text_encoder
+from pack.offload import arrival, attach_arrival
+from pack.offload.attach import apply_block_swap
+from pack.offload.attach_arrival import ArrivingPatcher, arriving
+from pack.offload.costs import SwapRequest
+from pack.offload.device import HostDevice, device_for
+from pack.offload.release import release
+
+Interrupt = comfy.model_management.InterruptProcessingException
+
+
+class Notes:
+    """Locks nothing, and knows what is locked."""
+
+    def __init__(self) -> None:
+        self.locked: set[int] = set()
+        self.times = 0
+
+    def read_only_refusal(self) -> None:
+        return None
+
+    def register(self, address: int, nbytes: int, *, read_only: bool = False) -> None:
+        self.locked.add(address)
+        self.times += 1
+
+    def unregister(self, address: int) -> None:
+        self.locked.remove(address)
+
+
+NOTES = Notes()
+
+
+def noting(device: torch.device) -> Any:
+    """The device, or the CPU with a registrar."""
+    place = device_for(device)
+    if isinstance(place, HostDevice):
+        place.registrar = NOTES
+    return place
+
+
+@contextmanager
+def arrivals() -> Iterator[list[set[int]]]:
+    """What was copied through locked pages, whatever its size: the numbers of bytes of each time."""
+    copied, worth, seen = arrival.copied, arrival.WORTH_LOCKING, []
+
+    def noted(given: Any, *args: Any) -> Any:
+        there, refusal = copied(given, *args)
+        assert not refusal, refusal
+        seen.append({weight.nbytes for weight in given.values()})
+        return there, refusal
+
+    arrival.copied, arrival.WORTH_LOCKING, attach_arrival.device_for = noted, 1, noting
+    try:
+        yield seen
+    finally:
+        arrival.copied, arrival.WORTH_LOCKING, attach_arrival.device_for = copied, worth, device_for
+    assert not NOTES.locked
+
+
+def classic() -> Any:
+    return load_diffusion_model(GGUF, disable_dynamic=True)
+
+
+def check_model() -> None:
+    expected = latent(classic())
+    with arrivals() as seen:
+        model = arriving(classic())
+        home = {name: weight._qdata.data_ptr() for name, weight in weights(model).items()}
+        largest = max(weight._qdata.nbytes for weight in weights(model).values())
+        for run in range(3):
+            assert torch.equal(latent(model), expected), run
+            assert {weight._qdata.device.type for weight in weights(model).values()} == {"cuda" if ON_GPU else "cpu"}
+            if run:
+                unload()
+                assert {name: weight._qdata.data_ptr() for name, weight in weights(model).items()} == home
+    assert len(seen) == 2, "a run without a load between brought them again"
+    assert all(largest in sizes for sizes in seen)
+
+
+def check_lora() -> None:
+    expected = [latent(with_lora(classic(), strength)) for strength in (1.0, 0.5)]
+    with arrivals() as seen:
+        model = arriving(classic())
+        assert torch.equal(latent(with_lora(model)), expected[0])
+        assert torch.equal(latent(with_lora(model, 0.5)), expected[1])
+        unload()
+    assert seen
+
+
+def check_hooks() -> None:
+    expected = patch_checks.hooked_latent(classic())
+    with arrivals() as seen:
+        assert torch.equal(patch_checks.hooked_latent(arriving(classic())), expected)
+        unload()
+    assert seen
+
+
+def check_text_encoder() -> None:
+    if MODE == "gpu-dynamic":
+        return  # the file is made from a network of the host's, whose weights are not there under dynamic VRAM
+    picture = stage_checks.Picture()
+    expected = picture.encode_text()
+    with arrivals() as seen:
+        clip = load_text_encoder([stage_checks.ENCODER], stage_checks.TINY.clip_type, disable_dynamic=True)
+        assert isinstance(arriving(clip.patcher), ArrivingPatcher)
+        picture.clip = clip
+        for _ in range(2):
+            assert torch.equal(picture.encode_text(), expected)
+            unload()
+        release("text_encoder", "dispose")
+        assert torch.equal(picture.encode_text(), expected)
+        unload()
+    assert len(seen) == 3
+
+
+def check_what_does_not_fit_is_left_to_the_host() -> None:
+    model = arriving(classic())
+    model.model_patches_to(model.load_device)
+    with arrivals() as seen:
+        model.patch_model(model.load_device, lowvram_model_memory=model.model_size() // 2)
+        assert not seen
+        if ON_GPU:
+            assert sum(weight.device.type == "cuda" for weight in model.model.parameters()) > 0
+        model.detach()
+        model.patch_model(model.load_device, lowvram_model_memory=1e32)
+        assert seen
+        model.detach()
+    assert all(weight.device == CPU for weight in weights(model).values())
+
+
+def check_cancelled() -> None:
+    expected = latent(classic())
+    bar, calls = progress.Progress.at, 0
+
+    def cancelled(self: Any, done: int) -> None:
+        raise Interrupt
+
+    with arrivals() as seen:
+        model = arriving(classic())
+        progress.Progress.at = cancelled
+        try:
+            latent(model)
+        except Interrupt:
+            calls += 1
+        finally:
+            progress.Progress.at = bar
+        assert calls == 1 and not seen
+        assert all(weight.device == CPU for weight in weights(model).values())
+        assert torch.equal(latent(model), expected)
+        unload()
+
+
+def check_block_swap_on_top() -> None:
+    """It brings what stays by itself."""
+    expected = latent(classic())
+    with arrivals() as seen:
+        model = apply_block_swap(arriving(classic()), SwapRequest(blocks_to_swap=2))
+        assert torch.equal(latent(model), expected)
+        assert ON_GPU or not seen
+        unload()
+
+
+def check_the_dynamic_patcher_is_left_alone() -> None:
+    model = load_diffusion_model(GGUF)
+    kind = type(model)
+    assert isinstance(arriving(model), ArrivingPatcher) == (MODE != "gpu-dynamic") == (type(model) is not kind)
+
+
+if __name__ == "__main__":
+    with encoder_files.shrunk(stage_checks.TINY):
+        base.main(globals())
