@@ -117,6 +117,19 @@ def check_hooks() -> None:
     assert seen
 
 
+def check_weight_that_the_host_replaces_comes_home() -> None:
+    """What the host keeps to put back is the mapped weight, and no copy of it from the device."""
+    name = patch_checks.WEIGHT
+    with arrivals() as seen:
+        model = arriving(classic())
+        home = weights(model)[name]._qdata.data_ptr()
+        comfy.model_management.load_models_gpu([patch_checks.widened(model)])
+        assert name not in weights(model), "nothing was replaced"
+        unload()
+        assert weights(model)[name]._qdata.data_ptr() == home
+    assert seen
+
+
 def check_text_encoder() -> None:
     if MODE == "gpu-dynamic":
         return  # the file is made from a network of the host's, whose weights are not there under dynamic VRAM
