@@ -118,9 +118,10 @@ def main() -> None:
     from pack.loaders.diffusion import load_diffusion_model
     from pack.loaders.gguf.types import GGMLType
     from pack.loaders.quant import dispatch
-    from pack.offload.attach import residency_of, stream
+    from pack.offload.attach import stream
     from pack.offload.blocks import find_blocks
     from pack.offload.costs import SwapRequest
+    from pack.offload.streamed_patcher import residency_of
 
     with torch.inference_mode():
         torch.randn(64, 64, device="cuda") @ torch.randn(64, 64, device="cuda")  # CUDA's own memory is no model's

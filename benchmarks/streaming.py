@@ -76,9 +76,10 @@ def work(case: Case, path: Path, rounds: int) -> dict[str, Any]:
     import comfy.model_management
     import torch
     from pack.loaders.diffusion import load_diffusion_model
-    from pack.offload.attach import residency_of, stream
+    from pack.offload.attach import stream
     from pack.offload.blocks import find_blocks
     from pack.offload.costs import SwapRequest
+    from pack.offload.streamed_patcher import residency_of
 
     def streamed(share: float | None) -> Any:
         model = load_diffusion_model(path, disable_dynamic=True)

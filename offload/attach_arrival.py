@@ -19,10 +19,11 @@ from ..loaders.diffusion import ATTACHMENT
 from ..loaders.patcher import PatchingAtUse, check_files, patching_class
 from ..loaders.progress import watched
 from .arrival import bring
-from .attach import located, residency_of
 from .attach_unified import candidates
 from .device import device_for
 from .errors import SourceError
+from .location import located
+from .streamed_patcher import residency_of
 
 log = logging.getLogger("sluice.offload")
 

@@ -20,11 +20,12 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
 from ..loaders import compat
-from .attach import StreamedPatcher, apply_block_swap, can_stream
+from .attach import apply_block_swap, can_stream
 from .costs import SwapRequest
 from .estimate import Answers, dry_run
 from .seats import KEY, Seat, begin, bring_back, end, loaded, open_session, seat_of, take_seat
 from .stages import Moment, Part, StagePolicy
+from .streamed_patcher import StreamedPatcher
 
 log = logging.getLogger("sluice.offload")
 

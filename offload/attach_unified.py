@@ -33,7 +33,7 @@ from ..loaders.patcher import PatchingAtUse, patching_class
 from ..loaders.quant import dispatch, reference
 from ..loaders.quant.layout import is_gguf
 from ..loaders.sizes import size
-from .attach import located
+from .location import located
 from .slots import Slot, slots_of
 from .unified import IN_PLACE, Window, facts_of, ladder, mode, open_window
 

@@ -4,8 +4,13 @@
     dispose   also the RAM: a GGUF model's weights are put away and its file is closed (`shelf`); the next use opens it
 
 A disposed network knows how to become whole (`loaders.patcher.RESTORE`), and does so before the host loads it, saves it
-or copies it. Weights that a loader of the host read into RAM cannot be put away: they stay until their node's output
-goes, and the log says so.
+or copies it.
+
+Cancel is looked for between two models. Within one there is nothing to wait for: weights are not copied home, because
+their homes were never left, and a mapping is given back in one call.
+
+Weights that a loader of the host read into RAM cannot be put away: they stay until their node's output goes, and the
+log says so.
 """
 
 from __future__ import annotations
@@ -26,14 +31,15 @@ from ..loaders.patcher import RESTORE, PatchingAtUse, living
 from ..loaders.progress import watched
 from ..loaders.sizes import size
 from ..loaders.tensors import reopened
-from .attach import located, residency_of
 from .attach_stages import forget_estimates
 from .events import record
 from .files import StoredFile
+from .location import located
 from .seats import part_of, patchers_that_left, unload
 from .shelf import Shelf
 from .slots import Slot, slots_of
 from .stages import ALL, CACHES, HOW, WHAT, Part
+from .streamed_patcher import residency_of
 
 log = logging.getLogger("sluice.offload")
 

@@ -19,11 +19,11 @@ import comfy.model_management
 from comfy.model_patcher import ModelPatcher
 
 from ..loaders.sizes import size
-from .attach import residency_of
 from .errors import ArenaError
 from .events import record
 from .plan import BudgetTooSmallError
 from .stages import ENDS, GB, Absent, Moment, Need, Part, StagePolicy, reason_to_leave, who_comes_back
+from .streamed_patcher import residency_of
 
 log = logging.getLogger("sluice.offload")
 

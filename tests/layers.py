@@ -23,7 +23,8 @@ KERNELS = "loaders/quant/kernels"
 # Where offloading meets the host's patchers.
 ATTACHING = (
     *("offload/attach.py", "offload/attach_adapters.py", "offload/attach_arrival.py", "offload/attach_stages.py"),
-    *("offload/attach_unified.py", "offload/seats.py", "offload/release.py"),
+    *("offload/attach_unified.py", "offload/location.py", "offload/streamed_patcher.py", "offload/seats.py"),
+    "offload/release.py",
 )
 
 # About bytes and files alone, so that anybody may use them.
@@ -57,6 +58,7 @@ HOST_FILES = (
         "loaders/patch_at_use.py",
         "loaders/progress.py",
         "lora/apply.py",
+        "lora/fit.py",
     ),
     *ATTACHING,
 )

@@ -92,7 +92,8 @@ class Model:
 
     def __init__(self, folder: Path, seed: int) -> None:
         rng = random.Random(seed)
-        self.files, self.slots, self._mapped = [], [], []
+        self.files: list[Path] = []
+        self.slots: list[Slot] = []
         self._where: dict[int, tuple[StoredFile, int]] = {}
         for name in ("one.bin", "two.bin"):
             path = folder / name
@@ -227,7 +228,8 @@ def test_a_weight_that_changes_its_type_is_converted(tmp_path: Path) -> None:
 
 
 def test_weights_are_told_as_they_arrive(tmp_path: Path) -> None:
-    model, amounts = Model(tmp_path, 4), []
+    model = Model(tmp_path, 4)
+    amounts: list[int] = []
     weights = {number: slot.weight(model.located) for number, slot in enumerate(model.slots)}
     in_files: dict[int, Weight] = {number: weight for number, weight in weights.items() if weight.file is not None}
     told: Told = amounts.append

@@ -25,10 +25,11 @@ from pack.loaders.diffusion import load_diffusion_model
 from pack.loaders.text_encoder import load_text_encoder
 from pack.offload import attach_stages as attach_stages_module
 from pack.offload import estimate, events, seats
-from pack.offload.attach import StreamedPatcher, apply_block_swap, residency_of
+from pack.offload.attach import apply_block_swap
 from pack.offload.attach_stages import attach_stages
 from pack.offload.costs import SwapRequest
 from pack.offload.stages import MODES, Moment, StagePolicy
+from pack.offload.streamed_patcher import StreamedPatcher, residency_of
 from pack.tools.host import ROOT
 from safetensors.torch import load_file
 

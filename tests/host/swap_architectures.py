@@ -22,9 +22,10 @@ from comfy.model_patcher import ModelPatcher  # noqa: E402  isort: skip
 from host import tiny_files  # noqa: E402
 from host.tiny_models import ARCHITECTURES  # noqa: E402
 from pack.loaders.diffusion import load_diffusion_model  # noqa: E402
-from pack.offload.attach import apply_block_swap, residency_of  # noqa: E402
+from pack.offload.attach import apply_block_swap  # noqa: E402
 from pack.offload.costs import SwapRequest  # noqa: E402
 from pack.offload.plan import BudgetTooSmallError  # noqa: E402
+from pack.offload.streamed_patcher import residency_of  # noqa: E402
 from pack.offload.streamer import BlockStreamer  # noqa: E402
 
 pack.offload.streaming.BlockStreamer = partial(BlockStreamer, poison=True)

@@ -25,9 +25,10 @@ from comfy_extras.nodes_model_advanced import ModelSamplingSD3  # isort: skip
 from comfy_kitchen.tensor import QuantizedTensor
 from host.model_checks import FOLDER, GGUF, ON_GPU, SAFETENSORS, reference
 from pack.loaders.diffusion import load_diffusion_model
-from pack.offload.attach import apply_block_swap, residency_of, stream
+from pack.offload.attach import apply_block_swap, stream
 from pack.offload.costs import SwapRequest
 from pack.offload.plan import BudgetTooSmallError, make_plan
+from pack.offload.streamed_patcher import residency_of
 from pack.offload.streamer import BlockStreamer
 from safetensors.torch import load_file, save_file
 

@@ -22,7 +22,7 @@ from host import model_checks as base  # switches the host to the mode that the 
 
 import comfy.model_management  # isort: skip
 import comfy.sd  # isort: skip
-import pack.offload.attach  # isort: skip
+import pack.offload.streamed_patcher  # isort: skip
 import psutil  # isort: skip
 import torch  # isort: skip
 from host.model_checks import FOLDER, GGUF, ON_GPU, SAFETENSORS
@@ -417,12 +417,12 @@ def cancelling(at: int) -> Iterator[list[int]]:
         told(0)
         yield told
 
-    own = pack.offload.attach.watched
-    pack.offload.attach.watched = watched
+    own = pack.offload.streamed_patcher.watched
+    pack.offload.streamed_patcher.watched = watched
     try:
         yield asked
     finally:
-        pack.offload.attach.watched = own
+        pack.offload.streamed_patcher.watched = own
 
 
 # --- no room

@@ -20,10 +20,11 @@ from pack.loaders.diffusion import ATTACHMENT, load_diffusion_model
 from pack.loaders.quant.layout import is_gguf
 from pack.loaders.text_encoder import load_text_encoder
 from pack.offload import device_view, unified
-from pack.offload.attach import apply_block_swap, residency_of
+from pack.offload.attach import apply_block_swap
 from pack.offload.attach_unified import in_place_if_wanted, in_place_of, state_of, use_in_place, wanted
 from pack.offload.costs import SwapRequest
 from pack.offload.release import release
+from pack.offload.streamed_patcher import residency_of
 from safetensors.torch import load_file
 
 RUNG = unified.REGISTERED if ON_GPU else unified.MAPPING
