@@ -76,8 +76,8 @@ def main() -> None:
     from pack.nodes.report import gather, memory
     from pack.nodes.report.follow import Follower
     from pack.nodes.report.timeline import MOST_SAMPLES, Timeline
-    from pack.offload.attach import residency_of
     from pack.offload.block_times import BlockTimes
+    from pack.offload.streamed_patcher import residency_of
 
     with tempfile.TemporaryDirectory() as folder:
         model, plain = flux_models(Path(folder))
@@ -100,7 +100,7 @@ def main() -> None:
 
         rows = {
             "report": median_us(lambda: gather.report(None, timeline.data()), 100),
-            "a model that does not stream": median_us(lambda: gather.model_report(plain), 100),
+            "a model that does not stream": median_us(lambda: gather.model_report(plain, {}), 100),
             "report as JSON": median_us(lambda: json.dumps(report), 100),
             "sample of memory": median_us(lambda: timeline.sample(always=True), 500),
             "step told of, with a sample": median_us(lambda: follower.update_handler("1", 1, 20, {}, ""), 500),

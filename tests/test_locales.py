@@ -14,6 +14,7 @@ from pack.tools import locales
 
 SOURCES = {name: locales.load(locales.SOURCE, name) for name in locales.FILES}
 SOURCE = SOURCES[locales.NODES_FILE]
+WORDS = SOURCES[locales.MAIN_FILE][locales.OURS]
 TRANSLATIONS = [language for language in locales.LANGUAGES if language != locales.SOURCE]
 
 # What must stay as it is, because it is what the user sees or types: values of combos, folders, numbers, names.
@@ -26,11 +27,15 @@ KEPT = re.compile(
     r"|\b(?:GGUF|LoRAs?|CLIP|MODEL|LATENT|IMAGE|VAE|VRAM|ComfyUI|NVIDIA|AMD|img_mod=Q8_0|Q\d_\w+)\b"
     rf"|\b(?:{'|'.join(VALUES)})(?!\w)"
 )
+# Words of the live view that are the same in some other language.
+SAME_WORDS = {"ram_comfyui", "caches", "loras", "cache_loras", "cache_kernels", "copies", "status_sample"}
 # A language's own word for something that is kept otherwise.
 OWN_WORDS = {"zh": {"VRAM": "显存"}}
 SCRIPTS = {"zh": r"[\u4e00-\u9fff]", "ja": r"[\u3040-\u30ff]", "ko": r"[\uac00-\ud7af]"}
-# vue-i18n, which shows the texts, reads these as its own syntax.
+# vue-i18n, which shows the texts but for those of the live view, reads these as its own syntax.
 SYNTAX = re.compile(r"[{}@|]")
+PLACEHOLDER = re.compile(r"\{\w+\}")
+PLURALS = ("_one", "_other")
 
 
 def kept(text: str) -> set[str]:
@@ -54,13 +59,17 @@ def test_files_are_tidy(language: str, name: str) -> None:
     assert [place for place, text in found if text != text.strip() or "  " in text] == []
 
 
-def test_english_settings_are_those_of_the_script() -> None:
-    script = locales.SETTINGS.read_text(encoding="utf-8")
-    made = locales.written(locales.english_settings(script))
-    assert locales.path_of(locales.SOURCE, locales.SETTINGS_FILE).read_text(encoding="utf-8") == made, (
-        "run tools/locales.py"
-    )
-    assert len(SOURCES[locales.SETTINGS_FILE]) == script.count("defaultValue:")
+@pytest.mark.parametrize(("name", "made"), locales.english_of_scripts().items())
+def test_english_is_that_of_the_scripts(name: str, made: dict) -> None:
+    found = locales.path_of(locales.SOURCE, name).read_text(encoding="utf-8")
+    assert found == locales.written(made), "run tools/locales.py"
+
+
+def test_no_text_of_the_scripts_is_overlooked() -> None:
+    settings, words = (script.read_text(encoding="utf-8") for script in (locales.SETTINGS, locales.WORDS))
+    assert len(SOURCES[locales.SETTINGS_FILE]) == settings.count("defaultValue:")
+    assert len(WORDS) == len(re.findall(r"^  \w+:", words, re.MULTILINE))
+    assert SOURCES[locales.MAIN_FILE][locales.HEADINGS].keys() == {"Streaming", "Diagnostics"}
 
 
 def test_keys_can_be_looked_up() -> None:
@@ -130,8 +139,48 @@ def test_nodes_are_called_by_their_translated_names(language: str) -> None:
 
 @pytest.mark.parametrize("language", locales.LANGUAGES)
 def test_no_text_is_read_as_syntax(language: str) -> None:
-    texts = [text for name in locales.FILES for _, text in locales.leaves(locales.load(language, name))]
-    assert [text for text in texts if SYNTAX.search(text)] == []
+    texts = [
+        (name, place, text)
+        for name in locales.FILES
+        for place, text in locales.leaves(locales.load(language, name))
+        if place[0] != locales.OURS
+    ]
+    assert [found for found in texts if SYNTAX.search(found[-1])] == []
+
+
+@pytest.mark.parametrize("language", TRANSLATIONS)
+def test_words_have_the_placeholders_of_the_english_ones(language: str) -> None:
+    given = locales.load(language, locales.MAIN_FILE)[locales.OURS]
+    filled = {word: sorted(PLACEHOLDER.findall(text)) for word, text in WORDS.items()}
+    assert {word: sorted(PLACEHOLDER.findall(given[word])) for word in given} == filled
+    assert [text for text in given.values() if re.search(r"[{}]", PLACEHOLDER.sub("", text))] == []
+
+
+@pytest.mark.parametrize("language", TRANSLATIONS)
+def test_words_are_translated(language: str) -> None:
+    """But for names and for what is made of placeholders and units only."""
+    given = locales.load(language, locales.MAIN_FILE)[locales.OURS]
+    same = {word for word, text in WORDS.items() if given[word] == text}
+    assert same <= {word for word, text in WORDS.items() if "{" in text or text.isupper()} | SAME_WORDS
+
+
+def test_every_word_is_said_and_every_word_that_is_said_is_there() -> None:
+    """`t("...")` and `counted("...")` name a word in full, `named("...")` how several begin."""
+    folder = locales.WORDS.parents[1]
+    scripts = [path.read_text(encoding="utf-8") for path in folder.rglob("*.js") if path != locales.WORDS]
+    names = {name for script in scripts for name in re.findall(r'"([a-z_]+)"', script)}
+    begun = {name for script in scripts for name in re.findall(r'\bnamed\("([a-z_]+)"', script)}
+    counted = {name for script in scripts for name in re.findall(r'\bcounted\("([a-z_]+)"', script)}
+    said = {name for script in scripts for name in re.findall(r'\bt\("([a-z_]+)"', script)}
+    assert said <= WORDS.keys() and {f"{name}{end}" for name in counted for end in PLURALS} <= WORDS.keys()
+    unsaid = {
+        word
+        for word in WORDS
+        if word not in names
+        and not any(word == f"{name}{end}" for name in counted for end in PLURALS)
+        and not any(word.startswith(f"{name}_") for name in begun)
+    }
+    assert unsaid == set()
 
 
 @pytest.mark.parametrize("language", TRANSLATIONS)

@@ -1,11 +1,13 @@
 """locales/: what ComfyUI's frontend shows of our nodes, in its users' languages: `.venv/bin/python tools/locales.py`.
 
-English is written from the node definitions of a real server and from web/js/settings.js; the other languages are
-written by hand, and this says what they lack and what is left over in them. A test fails as long as this would write
-or say anything.
+English is written from the node definitions of a real server and from web/js (settings.js, live/english.js); the other
+languages are written by hand, and this says what they lack and what is left over in them. A test fails as long as this
+would write or say anything.
 
 The layout is the host's (app/custom_node_manager.py): `locales/LANGUAGE/nodeDefs.json`, node id -> display_name,
-description, inputs and outputs, and `settings.json`, setting -> name, tooltip and options by their English text.
+description, inputs and outputs, and `settings.json`, setting -> name, tooltip and options by their English text. In
+`main.json` the headings of the settings are where the frontend looks for them, and the live view's words are ours
+(web/js/live/words.js).
 Outputs that are called like their type (MODEL) are left to the host.
 """
 
@@ -27,10 +29,12 @@ if "pack" not in sys.modules:  # run as a script
 
 FOLDER = ROOT / "locales"
 SETTINGS = ROOT / "web" / "js" / "settings.js"
+WORDS = ROOT / "web" / "js" / "live" / "english.js"
 SOURCE = "en"
 LANGUAGES = (SOURCE, "zh", "ja", "ko", "de", "fr", "es")
 SLOTS = ("required", "optional")
-NODES_FILE, SETTINGS_FILE = FILES = ("nodeDefs", "settings")
+NODES_FILE, SETTINGS_FILE, MAIN_FILE = FILES = ("nodeDefs", "settings", "main")
+HEADINGS, OURS = "settingsCategories", "sluice"  # the parts of main.json
 
 
 def english(definitions: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,6 +53,7 @@ def english(definitions: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _LITERAL = r'"(?:[^"\\]|\\.)*"'
+_TEXT = rf"\s*((?:{_LITERAL}[\s+]*)+)"  # also in pieces
 
 
 def english_settings(script: str) -> dict[str, Any]:
@@ -57,12 +62,31 @@ def english_settings(script: str) -> dict[str, Any]:
     for setting in re.split(r"(?=\bid: \")", script)[1:]:
         key, name = (json.loads(text) for text in re.findall(rf"\b(?:id|name): ({_LITERAL})", setting)[:2])
         texts: dict[str, Any] = {"name": name}
-        if tooltip := re.search(rf"\btooltip:\s*((?:{_LITERAL}[\s+]*)+)", setting):
-            texts["tooltip"] = "".join(map(json.loads, re.findall(_LITERAL, tooltip[1])))
+        if tooltip := re.search(rf"\btooltip:{_TEXT}", setting):
+            texts["tooltip"] = _joined(tooltip[1])
         if options := [json.loads(text) for text in re.findall(rf"\btext: ({_LITERAL})", setting)]:
             texts["options"] = {_key(option): option for option in options}
         found[_key(key)] = texts
     return found
+
+
+def english_main(settings: str, words: str) -> dict[str, Any]:
+    """main.json of the scripts of the settings, whose headings stand between the pack and the setting, and of words."""
+    categories = [json.loads(found) for found in re.findall(r"\bcategory: (\[.*\])", settings)]
+    headings = {_key(heading): heading for _, *between, _ in categories for heading in between}
+    table = words[words.index("export const ENGLISH") :]
+    ours = {name: _joined(text) for name, text in re.findall(rf"^  (\w+):{_TEXT},$", table, re.MULTILINE)}
+    return {HEADINGS: headings, OURS: ours}
+
+
+def _joined(pieces: str) -> str:
+    return "".join(map(json.loads, re.findall(_LITERAL, pieces)))
+
+
+def english_of_scripts() -> dict[str, dict[str, Any]]:
+    """By file, what comes from web/js."""
+    settings, words = (script.read_text(encoding="utf-8") for script in (SETTINGS, WORDS))
+    return {SETTINGS_FILE: english_settings(settings), MAIN_FILE: english_main(settings, words)}
 
 
 def _key(text: str) -> str:
@@ -112,7 +136,7 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as base, Server(host.find(), Path(base), "--cpu") as server:
         nodes = english(ours(server.object_info()))
-    made = {NODES_FILE: nodes, SETTINGS_FILE: english_settings(SETTINGS.read_text(encoding="utf-8"))}
+    made = {NODES_FILE: nodes, **english_of_scripts()}
     lines = []
     for name, source in made.items():
         path_of(SOURCE, name).parent.mkdir(parents=True, exist_ok=True)

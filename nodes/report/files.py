@@ -6,6 +6,7 @@ once for as long as the file stays the same, and no tensor's bytes are touched.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
@@ -31,7 +32,7 @@ def describe(folder: str, name: str) -> dict[str, Any]:
 
     Raises:
         NoSuchFileError: that is none.
-        ValueError: the file is no sound one; the message says what to do.
+        ValueError: the file is no sound one; the message says what to do, and no folder that `name` does not.
     """
     group = PREFIX + folder
     if group not in model_files.GROUPS:
@@ -39,12 +40,18 @@ def describe(folder: str, name: str) -> dict[str, Any]:
         raise NoSuchFileError(f"there is no folder {folder!r}; there are {known}")
     if name not in model_files.names(group):
         raise NoSuchFileError(f"{folder} has no file {name!r}; press R in ComfyUI to refresh the lists")
-    path = Path(model_files.find(group, name))
-    return {"name": name, **_described(path, model_files.stamp(group, name))}
+    path = Path(os.path.abspath(model_files.find(group, name)))
+    try:
+        return {"name": name, **_described(path, model_files.stamp(group, name))}
+    except ValueError as error:
+        above = str(path).removesuffix(os.path.normpath(name)).rstrip(os.sep)
+        raise ValueError(str(error).replace(above, folder)) from error
 
 
 @lru_cache(KEPT)
 def _described(path: Path, stamp: str) -> dict[str, Any]:
+    if not path.is_file():  # to open a named pipe would wait for its writer
+        raise ValueError(f"{path.name}: it is not a regular file; choose another")
     with path.open("rb") as file:
         is_safetensors = file.read(9)[8:] == b"{"
     return _of_safetensors(path) if is_safetensors else _of_gguf(path)

@@ -1,13 +1,14 @@
 """The report: where the bytes of every loaded model are and what that costs, as one JSON object (docs/report.md).
 
 The route, the websocket event, the Memory Report node and the live view all show what `report` returns. It reads what
-others know already, from whichever thread asks, and takes no lock that a running model takes.
+others know already, from whichever thread asks, and takes no lock that a running model takes. Only the sizes of files
+are asked for, with little patience (`answers`), because the event loop is among the threads that ask.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ from ...loaders.diffusion import ATTACHMENT, LoadedModel
 from ...loaders.patch_at_use import PatchAtUse
 from ...loaders.quant import dispatch
 from ...lora.apply import ATTACHMENT as LORAS
-from ...offload.attach import residency_of
 from ...offload.attach_unified import in_place_of
 from ...offload.attach_unified import state_of as in_place_state
 from ...offload.events import Event, recent_events
 from ...offload.report import SwapState, state_of
+from ...offload.streamed_patcher import residency_of
 from ..apply_lora import CACHE
 from . import memory
+from .answers import NO_ANSWER, FileLooks, Found
 from .blocks import HostBlocks
 
 VERSION = 1  # of the object; a field that changes its meaning raises it
@@ -34,6 +36,7 @@ VERSION = 1  # of the object; a field that changes its meaning raises it
 KINDS = {"diffusion_model": "diffusion_model", "encode_token_weights": "text_encoder", "decode": "vae"}
 
 HOST_BLOCKS = HostBlocks()
+FILE_LOOKS = FileLooks()
 
 
 def report(prompt: dict | None, timeline: dict) -> dict:
@@ -43,11 +46,14 @@ def report(prompt: dict | None, timeline: dict) -> dict:
         prompt: how far the running prompt is.
         timeline: `Timeline.data()`.
     """
+    now = time.time()  # before anything is waited for
+    patchers = list(_loaded())
+    looks = FILE_LOOKS.at(path for patcher in patchers for path in _files(patcher))
     return {
         "version": VERSION,
-        "time_ms": round(time.time() * 1e3),
+        "time_ms": round(now * 1e3),
         "prompt": prompt,
-        "models": [model_report(patcher) for patcher in _loaded()],
+        "models": [model_report(patcher, looks) for patcher in patchers],
         "host_ram": memory.host_ram(),
         "vram": memory.vram(),
         "caches": _caches(),
@@ -68,21 +74,20 @@ def _loaded() -> Iterable[Any]:
     return [patcher for patcher in (entry.model for entry in entries) if patcher is not None]
 
 
-def model_report(patcher: Any) -> dict:
-    """Of one MODEL, CLIP's or VAE's patcher."""
+def model_report(patcher: Any, looks: Mapping[Path, Found]) -> dict:
+    """Of one MODEL, CLIP's or VAE's patcher, given what is known of its files."""
     loaded = patcher.get_attachment(ATTACHMENT)
     residency = residency_of(patcher)
     swap = state_of(residency) if residency is not None else None
-    files = [loaded, *getattr(loaded, "others", ())] if loaded is not None else []
-    paths = [one.file.path for one in files] or _paths(patcher.cached_patcher_init)
+    paths = _files(patcher)
     class_name = type(patcher.model).__name__
     return {
         "name": paths[0].name if paths else class_name,
         "kind": next((kind for mark, kind in KINDS.items() if hasattr(patcher.model, mark)), "other"),
         "class": class_name,
-        "files": [{"name": path.name, "bytes": _size(path)} for path in paths],
+        "files": [_file(path, looks.get(path, NO_ANSWER)) for path in paths],
         "architecture": loaded.architecture if loaded is not None else None,
-        "quant_types": _quant_types(files),
+        "quant_types": _quant_types(_sources(patcher)),
         "device": str(patcher.load_device),
         "managed_by": "comfyui" if swap is None else "sluice",
         "bytes": _bytes(patcher, swap, loaded is not None),
@@ -137,6 +142,20 @@ def _lies_in_a_file(network: torch.nn.Module) -> bool:
     return stored is not None and stored.device.type == "cpu" and compat.file_slice(stored) is not None
 
 
+def _sources(patcher: Any) -> list[LoadedModel]:
+    """The GGUF files that it was loaded from."""
+    loaded = patcher.get_attachment(ATTACHMENT)
+    return [loaded, *getattr(loaded, "others", ())] if loaded is not None else []
+
+
+def _files(patcher: Any) -> list[Path]:
+    return [one.file.path for one in _sources(patcher)] or _paths(patcher.cached_patcher_init)
+
+
+def _file(path: Path, found: Found) -> dict[str, Any]:
+    return {"name": path.name, "bytes": found.nbytes, "state": found.state}
+
+
 def _quant_types(files: list[LoadedModel]) -> dict[str, int]:
     """Bytes of each type in the files."""
     sizes: dict[str, int] = {}
@@ -152,13 +171,6 @@ def _paths(init: Any) -> list[Path]:
     if isinstance(first, tuple):  # the way that Block Swap wrapped
         return _paths(first)
     return [Path(path) for path in (first if isinstance(first, list) else [first]) if isinstance(path, (str, Path))]
-
-
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return None
 
 
 def _patches(patcher: Any) -> dict[str, int]:

@@ -2,11 +2,12 @@
 
 Both are made in the server's thread, not in the one that computes, and the event at most once in SECONDS_BETWEEN, with
 the last state always told, and only if a browser listens. `GET /sluice/file?folder=...&name=...` tells what a file is.
+
+A drive that does not answer holds up neither: what is asked of files is asked by other threads (`answers`).
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from typing import Any
@@ -15,6 +16,7 @@ from aiohttp import web
 from comfy_execution.progress import add_progress_handler
 
 from . import files
+from .answers import Errands, NoAnswerError
 from .follow import Follower
 from .reporter import Reporter
 
@@ -23,6 +25,7 @@ log = logging.getLogger("sluice.report")
 ROUTE, FILE_ROUTE = "/sluice/report", "/sluice/file"
 EVENT = "sluice.memory"
 SECONDS_BETWEEN = 0.5
+HEADERS_AT_ONCE, HEADER_SECONDS = 4, 10.0  # a slow disk takes a moment for a large header
 
 
 class Served:
@@ -31,15 +34,32 @@ class Served:
     def __init__(self, server: Any, reporter: Reporter) -> None:
         self._server, self._reporter = server, reporter
         self._follower = Follower(reporter.timeline, self._changed)
+        self._errands = Errands(HEADERS_AT_ONCE, HEADER_SECONDS)
         self._due = False
         self._sent = float("-inf")
         reporter.progress = self._progress
         server.routes.get(ROUTE)(self._answer)
-        server.routes.get(FILE_ROUTE)(_describe_file)
+        server.routes.get(FILE_ROUTE)(self._describe_file)
         add_progress_handler(self._follower)
 
     async def _answer(self, request: web.Request) -> web.Response:
         return web.json_response(self._reporter.report())
+
+    async def _describe_file(self, request: web.Request) -> web.Response:
+        asked = (request.query.get("folder", ""), request.query.get("name", ""))
+        try:
+            return web.json_response(await self._errands.run(files.describe, *asked))
+        except NoAnswerError:
+            error, status = f"the file's drive has not answered for {HEADER_SECONDS:.0f} s; see if it is there", 504
+        except files.NoSuchFileError as missing:
+            error, status = str(missing), 404
+        except FileNotFoundError:  # listed, and gone since
+            error, status = "the file is no longer there; press R in ComfyUI to refresh the lists", 404
+        except OSError as failed:  # not all of it: it names folders
+            error, status = f"the file cannot be read: {failed.strerror}", 422
+        except ValueError as unsound:
+            error, status = str(unsound), 422
+        return web.json_response({"error": error}, status=status)
 
     def _progress(self) -> dict | None:
         running, _ = self._server.prompt_queue.get_current_queue_volatile()
@@ -61,19 +81,3 @@ class Served:
             self._server.send_sync(EVENT, self._reporter.report())
         except Exception:  # a prompt must not end because of a report
             log.exception("the event %s could not be made", EVENT)
-
-
-async def _describe_file(request: web.Request) -> web.Response:
-    asked = (request.query.get("folder", ""), request.query.get("name", ""))
-    try:
-        # A header on a slow disk must not hold up the server.
-        return web.json_response(await asyncio.get_running_loop().run_in_executor(None, files.describe, *asked))
-    except files.NoSuchFileError as error:
-        return web.json_response({"error": str(error)}, status=404)
-    except FileNotFoundError:  # listed, and gone since
-        gone = "the file is no longer there; press R in ComfyUI to refresh the lists"
-        return web.json_response({"error": gone}, status=404)
-    except OSError as error:  # not all of it: it names folders
-        return web.json_response({"error": f"the file cannot be read: {error.strerror}"}, status=422)
-    except ValueError as error:
-        return web.json_response({"error": str(error)}, status=422)

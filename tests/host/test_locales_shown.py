@@ -45,6 +45,8 @@ def test_settings_and_their_options_are_labelled(tab: Tab) -> None:
     for setting in texts.values():
         label = tab.page.get_by_text(setting["name"], exact=True)
         label.first.wait_for(timeout=10_000)
+    for heading in locales.load(LANGUAGE, locales.MAIN_FILE)[locales.HEADINGS].values():
+        tab.page.locator("h3").get_by_text(heading, exact=True).wait_for(timeout=10_000)
     chosen = texts["sluice_weight_source"]["options"]
     tab.page.get_by_text(chosen["Automatic"], exact=True).first.click()
     for text in chosen.values():

@@ -146,7 +146,11 @@ def test_bytes_are_those_of_the_file(run, demo_server: Server) -> None:
     assert model["quant_types"].keys() == types and sum(model["quant_types"].values()) == sum(sizes.values())
     assert model["architecture"] == "sd3" and model["kind"] == "diffusion_model" and model["class"] == "SD3"
     assert model["files"] == [
-        {"name": FILE, "bytes": (demo_server.models_dir / "diffusion_models" / FILE).stat().st_size}
+        {
+            "name": FILE,
+            "bytes": (demo_server.models_dir / "diffusion_models" / FILE).stat().st_size,
+            "state": "there",
+        }
     ]
     # Beside the file's tensors there are the sampler's few constants, and biases may be cast to another type.
     assert model["bytes"]["total"] == pytest.approx(sum(sizes.values()), rel=0.01)

@@ -9,6 +9,7 @@ import urllib.parse
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import builders
 import pytest
 from pack.nodes.report.text import size
 from pack.tools import demo
@@ -116,3 +117,21 @@ def test_the_route_tells_of_listed_files_only(demo_server: Server, folder: str, 
     assert refused.value.code == status
     said = json.loads(refused.value.read())["error"]
     assert said and str(demo_server.base) not in said
+
+
+@pytest.mark.parametrize("subfolder", ["", "sub/folder/"])
+def test_an_error_names_no_folder_above_the_models(demo_server: Server, subfolder: str) -> None:
+    """A missing part's error does, for whoever loads the model: here it is told by the name that the loader shows."""
+    folder = demo_server.models_dir / "diffusion_models"
+    name = f"{subfolder}split-00001-of-00002.gguf"
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(builders.gguf_bytes(builders.split_keys(0, 2, 1)))
+    try:
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            demo_server.get(file_route("diffusion_models", name))
+    finally:
+        (folder / name).unlink()
+    said = json.loads(refused.value.read())["error"]
+    assert refused.value.code == 422
+    assert f"split-00002-of-00002.gguf, is missing from diffusion_models/{subfolder}".rstrip("/") + ";" in said
+    assert str(demo_server.base) not in said

@@ -33,6 +33,8 @@ def test_it_works_in_the_frontend_of(tmp_path: Path, version: str) -> None:
         opened.page.get_by_text("Idle").wait_for()
         names = opened.page.locator(".sluice-live article h3").all_inner_texts()
         assert sorted(names) == sorted(model["name"] for model in server.get("/sluice/report")["models"])
+        opened.page.evaluate("app.extensionManager.setting.set('Comfy.Locale', 'fr')")
+        opened.page.wait_for_selector(".sluice-live[lang=fr] article", timeout=60_000)
         assert opened.own_errors() == []
         opened.close()
 

@@ -9,6 +9,7 @@ import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 import { typesText } from "./live/model_card.js";
 import { size } from "./live/units.js";
+import { onLanguage, t, wordsLoaded } from "./live/words.js";
 
 /** @typedef {{folder: string, widgets: string[]}} Loader where a node's files are, and the widgets that name them */
 /** @type {Record<string, Loader>} */
@@ -82,6 +83,7 @@ class FileBadge {
   }
 
   async update() {
+    await wordsLoaded();
     const names = this._widgets()
       .map((/** @type {any} */ widget) => widget.value)
       .filter((/** @type {any} */ name) => !NONE.includes(name));
@@ -91,7 +93,7 @@ class FileBadge {
       const files = await Promise.all(names.map((/** @type {string} */ name) => factsOf(this.loader.folder, name)));
       if (files.length) text = badgeText(files);
     } catch (error) {
-      text = /** @type {any} */ (error).missing ? "file not found" : "cannot be read";
+      text = /** @type {any} */ (error).missing ? t("badge_missing") : t("badge_unreadable");
       console.warn(`[Sluice] ${this.node.title}:`, error instanceof Error ? error.message : error);
     }
     if (this.asked === asked) this._show(text); // unless another file was chosen meanwhile
@@ -138,8 +140,15 @@ function* everyNode(graph) {
 /** @type {WeakMap<any, FileBadge>} */
 const badges = new WeakMap();
 
+function updateAll() {
+  for (const node of everyNode(app.graph)) void badges.get(node)?.update();
+}
+
 app.registerExtension({
   name: "sluice.FileBadges",
+  setup() {
+    onLanguage(updateAll);
+  },
   /** @param {any} node */
   nodeCreated(node) {
     const loader = LOADERS[node.comfyClass];
@@ -149,9 +158,7 @@ app.registerExtension({
     setTimeout(() => void badge.update()); // once a workflow that is opened has set the widgets
   },
   /** R was pressed: files may be new or others. */
-  refreshComboInNodes() {
-    for (const node of everyNode(app.graph)) void badges.get(node)?.update();
-  },
+  refreshComboInNodes: updateAll,
   /** A workflow was opened: its values came without the widgets' callbacks. @param {any} node */
   loadedGraphNode(node) {
     void badges.get(node)?.update();

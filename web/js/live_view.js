@@ -6,7 +6,9 @@
 // @ts-ignore: ComfyUI serves it
 import { app } from "../../../scripts/app.js";
 import { mountPanel } from "./live/panel.js";
+import { onLanguage, t, wordsLoaded } from "./live/words.js";
 
+const ID = "sluice";
 const STYLE = new URL("../css/live_view.css", import.meta.url).href;
 
 /** @type {{element: HTMLElement, end: () => void} | null} */
@@ -28,20 +30,32 @@ function destroy() {
   mounted = null;
 }
 
+/** In the language that is spoken from now on. */
+function renew() {
+  const tabs = app.extensionManager.getSidebarTabs();
+  const tab = tabs.find((/** @type {{id: string}} */ one) => one.id === ID);
+  if (tab) tab.tooltip = t("tab_tooltip");
+  const element = mounted?.element;
+  destroy();
+  if (element) render(element);
+}
+
 app.registerExtension({
   name: "sluice.LiveView",
-  setup() {
+  async setup() {
     if (!document.querySelector(`link[href="${STYLE}"]`)) {
       document.head.append(Object.assign(document.createElement("link"), { rel: "stylesheet", href: STYLE }));
     }
+    await wordsLoaded();
     app.extensionManager.registerSidebarTab({
-      id: "sluice",
+      id: ID,
       icon: "pi pi-chart-bar",
       title: "Sluice",
-      tooltip: "Sluice: where the models' bytes are",
+      tooltip: t("tab_tooltip"),
       type: "custom",
       render,
       destroy,
     });
+    onLanguage(renew);
   },
 });

@@ -6,7 +6,8 @@
  */
 
 import { h, setAttributes, setText } from "./dom.js";
-import { counted, duration, percent, size } from "./units.js";
+import { duration, percent, size } from "./units.js";
+import { counted, listed, t } from "./words.js";
 
 /** @typedef {import("./report.js").Block} Block @typedef {import("./report.js").Model} Model */
 
@@ -80,7 +81,7 @@ export function blockMap() {
           "aria-label": blockText(next, block, index),
         });
       }
-      setAttributes(cells, { "aria-label": `Blocks of ${next.name}: ${summary(next)}` });
+      setAttributes(cells, { "aria-label": t("blocks_of", { model: next.name, summary: summary(next) }) });
       if (chosen >= blocks.length) choose(-1);
       describe();
     },
@@ -105,35 +106,38 @@ function state(block) {
 
 /** @param {Model} model where what is neither resident nor streamed lies */
 function home(model) {
-  return model.bytes.on_disk > 0 ? "in the file only" : "in RAM";
+  return t(model.bytes.on_disk > 0 ? "part_in_file" : "part_in_ram");
 }
 
 /** @param {Model} model */
 export function place(model) {
-  return model.device.startsWith("cpu") ? "ready on the CPU" : "on the GPU";
+  return t(model.device.startsWith("cpu") ? "place_cpu" : "place_gpu");
 }
 
 /** @param {Model} model */
 function summary(model) {
-  const words = { resident: place(model), streamed: "streamed", away: home(model), unknown: "as ComfyUI decides" };
+  const streamed = t("state_streamed");
+  const words = { resident: place(model), streamed, away: home(model), unknown: t("state_unknown") };
   const parts = Object.entries(words).map(([key, said]) => {
     const count = model.blocks.filter((block) => state(block) === key).length;
-    return count ? `${count} ${said}` : "";
+    return count ? t("blocks_in_state", { count, state: said }) : "";
   });
-  return `${counted(model.blocks.length, "block")}: ${parts.filter(Boolean).join(", ")}`;
+  return t("blocks_divided", { blocks: counted("blocks", model.blocks.length), parts: listed(parts) });
 }
 
 /** @param {Model} model @param {Block} block @param {number} index */
 function blockText(model, block, index) {
   const said = [`${block.name}, ${size(block.bytes)}`];
-  if (block.resident_bytes === null) said.push("ComfyUI moves it as it needs room");
+  if (block.resident_bytes === null) said.push(t("block_moved"));
   else {
     const away = block.bytes - block.resident_bytes - block.streamed_bytes;
-    if (block.resident_bytes) said.push(`${percent(block.resident_bytes, block.bytes)} ${place(model)}`);
-    if (block.streamed_bytes) said.push(`${percent(block.streamed_bytes, block.bytes)} streamed`);
-    if (away > 0) said.push(`${percent(away, block.bytes)} ${home(model)}`);
+    const share = (/** @type {number} */ part, /** @type {string} */ state) =>
+      part > 0 && said.push(t("share_in_state", { share: percent(part, block.bytes), state }));
+    share(block.resident_bytes, place(model));
+    share(block.streamed_bytes, t("state_streamed"));
+    share(away, home(model));
   }
-  if (block.compute_ms !== null) said.push(`computes ${duration(block.compute_ms)}`);
-  if (index === model.current_block) said.push("computes now");
+  if (block.compute_ms !== null) said.push(t("block_took", { time: duration(block.compute_ms) }));
+  if (index === model.current_block) said.push(t("block_now"));
   return said.join("; ");
 }

@@ -4,16 +4,17 @@
  */
 
 import { h } from "./dom.js";
-import { counted, size } from "./units.js";
+import { size } from "./units.js";
+import { counted, listed, named, t } from "./words.js";
 
 /** @typedef {import("./report.js").Report} Report */
 
 const EVENTS = 6; // the last ones
 
 export function caches() {
-  const kept = h("ul", { class: "sl-list", "aria-label": "Caches" });
-  const dispatch = h("ul", { class: "sl-list", "aria-label": "How weights are computed" });
-  const events = h("ol", { class: "sl-list sl-events", "aria-label": "What moved last" });
+  const kept = h("ul", { class: "sl-list", "aria-label": t("caches") });
+  const dispatch = h("ul", { class: "sl-list", "aria-label": t("dispatch") });
+  const events = h("ol", { class: "sl-list sl-events", "aria-label": t("events") });
   let shown = "";
   return {
     element: h("div", {}, kept, dispatch, events),
@@ -23,10 +24,11 @@ export function caches() {
       const next = JSON.stringify([report.caches, report.dispatch, last]);
       if (next === shown) return;
       shown = next;
-      kept.replaceChildren(...report.caches.map((cache) => row(cache.name, cacheText(cache))));
-      dispatch.replaceChildren(...report.dispatch.map((one) => row(`on ${one.what}`, one.choice)));
+      kept.replaceChildren(...report.caches.map((cache) => row(named("cache", cache.name), cacheText(cache))));
+      const ways = report.dispatch.map((one) => row(t("dispatch_on", { device: one.what }), one.choice));
+      dispatch.replaceChildren(...ways);
       events.replaceChildren(
-        ...last.map((event) => row(`${event.what} ${event.action}`, `${size(event.nbytes)}: ${event.why}`)),
+        ...last.map((event) => row(eventText(event), `${size(event.nbytes)}: ${event.why}`)),
       );
     },
   };
@@ -37,11 +39,15 @@ function row(name, text) {
   return h("li", {}, h("span", { class: "sl-name", title: name }, name), h("span", {}, text));
 }
 
+/** @param {Report["events"][number]} event */
+function eventText(event) {
+  return t("event", { what: event.what, action: named("action", event.action) });
+}
+
 /** @param {Report["caches"][number]} cache */
 function cacheText(cache) {
-  if (cache.bytes === null) return `${cache.entries} kept`;
-  const bytes = `${size(cache.bytes)} of ${size(cache.bound_bytes)}`;
-  const misses = counted(cache.misses ?? 0, "miss", "misses");
-  const hits = cache.hits === null ? "" : `, ${counted(cache.hits, "hit")}, ${misses}`;
-  return `${counted(cache.entries, "file")}, ${bytes}${hits}`;
+  if (cache.bytes === null) return t("cache_kept", { count: cache.entries });
+  const bytes = t("cache_filled", { size: size(cache.bytes), bound: size(cache.bound_bytes) });
+  const uses = cache.hits === null ? [] : [counted("hits", cache.hits), counted("misses", cache.misses ?? 0)];
+  return listed([counted("files", cache.entries), bytes, ...uses]);
 }

@@ -6,6 +6,7 @@
 import { h, setText } from "./dom.js";
 import { stackedBar } from "./stacked_bar.js";
 import { size } from "./units.js";
+import { t } from "./words.js";
 
 /** @typedef {import("./report.js").Report} Report */
 
@@ -32,13 +33,13 @@ export function machine() {
 function meter() {
   const title = h("h3", {});
   const free = h("span", { class: "sl-free" });
-  const bar = stackedBar("Memory");
+  const bar = stackedBar(t("ram"));
   return {
     element: h("div", { class: "sl-meter" }, h("header", {}, title, free), bar.element),
     /** @param {{title: string, free: number | null, total: number, parts: import("./stacked_bar.js").Part[]}} shown */
     update(shown) {
       setText(title, shown.title);
-      setText(free, `${size(shown.free)} of ${size(shown.total)} free`);
+      setText(free, t("free_of", { free: size(shown.free), total: size(shown.total) }));
       bar.element.setAttribute("aria-label", shown.title);
       bar.update(shown.parts, shown.total);
     },
@@ -55,9 +56,9 @@ function gpu(gpu, several) {
     free: gpu.free,
     total: gpu.total,
     parts: [
-      { key: "resident", label: "torch, in use", bytes: allocated },
-      { key: "ring", label: "torch, kept for later", bytes: reserved },
-      { key: "others", label: "others and ComfyUI's pages", bytes: Math.max(used - allocated - reserved, 0) },
+      { key: "resident", label: t("vram_allocated"), bytes: allocated },
+      { key: "ring", label: t("vram_reserved"), bytes: reserved },
+      { key: "others", label: t("vram_others"), bytes: Math.max(used - allocated - reserved, 0) },
     ],
   };
 }
@@ -68,13 +69,13 @@ function ram(ram) {
   const anonymous = ram.anonymous ?? ram.resident ?? 0;
   const shared = ram.shared ?? 0;
   return {
-    title: "RAM",
+    title: t("ram"),
     free: ram.available,
     total,
     parts: [
-      { key: "anonymous", label: "ComfyUI", bytes: anonymous + shared },
-      { key: "others", label: "other programs", bytes: Math.max(total - (ram.available ?? 0) - anonymous - shared, 0) },
-      { key: "files", label: "files, given back on demand", bytes: ram.file ?? 0 },
+      { key: "anonymous", label: t("ram_comfyui"), bytes: anonymous + shared },
+      { key: "others", label: t("ram_others"), bytes: Math.max(total - (ram.available ?? 0) - anonymous - shared, 0) },
+      { key: "files", label: t("ram_files"), bytes: ram.file ?? 0 },
     ],
   };
 }

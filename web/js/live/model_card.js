@@ -7,26 +7,23 @@ import { blockMap, place } from "./block_map.js";
 import { h, setAttributes, setText, show } from "./dom.js";
 import { stackedBar } from "./stacked_bar.js";
 import { stepTimes } from "./step_times.js";
-import { counted, percent, size } from "./units.js";
+import { percent, size } from "./units.js";
+import { counted, exact, listed, named, t } from "./words.js";
 
 /** @typedef {import("./report.js").Model} Model */
-
-/** @type {Record<string, string>} */
-const KINDS = { diffusion_model: "diffusion model", text_encoder: "text encoder", vae: "VAE", other: "other" };
-/** @type {Record<string, string>} */
-const SOURCES = { page_cache: "the file cache", pinned: "locked RAM", disk: "the disk", memory: "RAM" };
 
 export function modelCard() {
   const name = h("h3", {});
   const kind = h("span", { class: "sl-chip" });
   const about = h("p", { class: "sl-note" });
   const total = h("p", { class: "sl-total" });
-  const bytes = stackedBar("Where the weights are");
+  const bytes = stackedBar(t("weights_where"));
   const types = h("p", { class: "sl-note" });
   const blocks = blockMap();
   const step = stepTimes();
-  const source = h("details", {}, h("summary", {}), h("p", { class: "sl-note" }), h("p", { class: "sl-note" }));
-  const loras = h("ul", { class: "sl-list sl-loras", "aria-label": "LoRAs" });
+  const told = { class: "sl-note", lang: "en" }; // in the server's own words
+  const source = h("details", {}, h("summary", {}), h("p", told), h("p", told));
+  const loras = h("ul", { class: "sl-list sl-loras", "aria-label": t("loras") });
   const patches = h("p", { class: "sl-note" });
   const inPlace = h("p", { class: "sl-note" });
   const element = h("article", { class: "sl-card" }, h("header", {}, name, kind), about, total, bytes.element, types);
@@ -38,11 +35,11 @@ export function modelCard() {
     update(model) {
       setText(name, model.name);
       setAttributes(name, { title: model.files.map((file) => file.name).join("\n") || model.name });
-      setAttributes(element, { "aria-label": `${KINDS[model.kind] ?? model.kind} ${model.name}` });
-      setText(kind, KINDS[model.kind] ?? model.kind);
+      setAttributes(element, { "aria-label": `${named("kind", model.kind)} ${model.name}` });
+      setText(kind, named("kind", model.kind));
       const manager = model.managed_by === "sluice" ? "Block Swap" : "ComfyUI";
-      setText(about, [model.architecture ?? model.class, model.device, `managed by ${manager}`].join(" · "));
-      setText(total, `${size(model.bytes.total)} of weights`);
+      setText(about, [model.architecture ?? model.class, model.device, t("managed_by", { manager })].join(" · "));
+      setText(total, t("weights_total", { size: size(model.bytes.total) }));
       bytes.update(partsOf(model), model.bytes.total + model.bytes.ring);
       setText(types, typesText(model.quant_types));
       show(types, Object.keys(model.quant_types).length > 0);
@@ -65,10 +62,10 @@ function partsOf(model) {
   const parts = model.bytes;
   return [
     { key: "resident", label: place(model), bytes: parts.resident },
-    { key: "ring", label: "ring, on top", bytes: parts.ring },
-    { key: "streamed", label: "streamed each pass", bytes: parts.streamed },
-    { key: "in-ram", label: "in RAM", bytes: parts.in_ram },
-    { key: "on-disk", label: "in the file only", bytes: parts.on_disk },
+    { key: "ring", label: t("part_ring"), bytes: parts.ring },
+    { key: "streamed", label: t("part_streamed"), bytes: parts.streamed },
+    { key: "in-ram", label: t("part_in_ram"), bytes: parts.in_ram },
+    { key: "on-disk", label: t("part_in_file"), bytes: parts.on_disk },
   ];
 }
 
@@ -76,7 +73,7 @@ function partsOf(model) {
 export function typesText(types) {
   const whole = Object.values(types).reduce((sum, bytes) => sum + bytes, 0);
   const sorted = Object.entries(types).sort(([, one], [, other]) => other - one);
-  return sorted.map(([type, bytes]) => `${type} ${percent(bytes, whole)}`).join(", ");
+  return listed(sorted.map(([type, bytes]) => `${type} ${percent(bytes, whole)}`));
 }
 
 /** @param {HTMLElement} details @param {Model} model */
@@ -84,25 +81,25 @@ function updateSource(details, model) {
   const [summary, reason, plan] = details.children;
   show(details, model.source !== null || model.plan !== null);
   const kind = model.source?.kind;
-  setText(summary, kind ? `Streams from ${SOURCES[kind] ?? kind}` : "Nothing streams");
+  setText(summary, kind ? named("streams", kind) : t("streams_nothing"));
   setText(reason, model.source?.reason ?? "");
   setText(plan, model.plan?.text ?? "");
 }
 
 /** @param {import("./report.js").Lora} lora */
 function loraRow(lora) {
-  const about = `LoRA at ${lora.strength} · ${counted(lora.weights, "weight")} · ${size(lora.bytes)} · ${lora.way}`;
+  const strength = t("lora_strength", { strength: exact(lora.strength) });
+  const about = [strength, counted("weights", lora.weights), size(lora.bytes), lora.way].join(" · ");
   return h("li", {}, h("span", { class: "sl-name", title: lora.name }, lora.name), h("span", {}, about));
 }
 
 /** @param {Model["unified_memory"]} unified */
 function inPlaceText(unified) {
-  return unified?.bytes ? `${size(unified.bytes)} used in place: ${unified.reason}` : "";
+  return unified?.bytes ? t("in_place", { size: size(unified.bytes), reason: unified.reason }) : "";
 }
 
 /** @param {Model["patches"]} patches */
 function patchesText(patches) {
-  const atUse = patches.at_use ? `${counted(patches.at_use, "weight")} patched at use (${size(patches.bytes)})` : "";
-  const byHost = patches.by_comfyui ? `${counted(patches.by_comfyui, "weight")} patched by ComfyUI` : "";
-  return [atUse, byHost].filter(Boolean).join(", ");
+  const atUse = patches.at_use ? counted("patched_at_use", patches.at_use, { size: size(patches.bytes) }) : "";
+  return listed([atUse, patches.by_comfyui ? counted("patched_by_comfyui", patches.by_comfyui) : ""]);
 }

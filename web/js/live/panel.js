@@ -10,13 +10,14 @@ import { modelCard } from "./model_card.js";
 import { ReportFeed } from "./report.js";
 import { status } from "./status.js";
 import { timeline } from "./timeline.js";
+import { spoken, t } from "./words.js";
 
 /** @typedef {import("./report.js").Report} Report */
 
 const ORDER = ["diffusion_model", "text_encoder", "vae", "other"]; // the last used first would jump about
 
 /**
- * Fill `container` with the live view.
+ * Fill `container` with the live view, in the language that is spoken now.
  *
  * @param {HTMLElement} container
  * @returns {() => void} what ends it
@@ -26,15 +27,15 @@ export function mountPanel(container) {
   const chart = timeline();
   const memory = machine();
   const kept = caches();
-  const none = h("p", { class: "sl-empty" }, "No model is loaded. Queue a workflow, and its models appear here.");
+  const none = h("p", { class: "sl-empty" }, t("no_models"));
   const models = h("div", { class: "sl-models" });
   const sections = [
-    section("Memory over the prompt", chart.element),
-    section("Models", none, models),
-    section("Memory now", memory.element),
-    section("Caches and events", kept.element),
+    section(t("section_timeline"), chart.element),
+    section(t("section_models"), none, models),
+    section(t("section_machine"), memory.element),
+    section(t("section_caches"), kept.element),
   ];
-  const root = h("div", { class: "sluice-live", role: "region", "aria-label": "Sluice live view" });
+  const root = h("div", { class: "sluice-live", role: "region", lang: spoken(), "aria-label": t("region") });
   root.append(head.element, ...sections);
   container.replaceChildren(root);
   /** @type {Map<string, ReturnType<typeof modelCard>>} by model, so that what is focused in one stays */

@@ -6,6 +6,7 @@
 
 // @ts-ignore: ComfyUI serves it
 import { api } from "../../../../scripts/api.js";
+import { t } from "./words.js";
 
 const ROUTE = "/sluice/report";
 const EVENT = "sluice.memory";
@@ -19,7 +20,7 @@ const POLL_MS = { running: 1000, idle: 5000 };
  * @typedef {{total: number, resident: number, streamed: number, on_disk: number, in_ram: number, ring: number}} Parts
  * @typedef {{ms: number, compute_ms: number | null, copy_ms: number, gb_per_s: number, bound_by: string}} Step
  * @typedef {{name: string, strength: number, way: string, weights: number, bytes: number}} Lora
- * @typedef {{name: string, kind: string, class: string, files: {name: string, bytes: number | null}[],
+ * @typedef {{name: string, kind: string, class: string, files: {name: string, bytes: number | null, state: string}[],
  *   architecture: string | null, quant_types: Record<string, number>, device: string, managed_by: string, bytes: Parts,
  *   source: {kind: string, reason: string, pinned_bytes: number} | null,
  *   plan: {text: string, link_gb_per_s: number, budget_bytes: number | null} | null, last_step: Step | null,
@@ -80,7 +81,7 @@ export class ReportFeed {
     this._asking = true;
     try {
       const answer = await api.fetchApi(ROUTE, { cache: "no-store" });
-      if (!answer.ok) throw new Error(`the server answers ${answer.status} ${answer.statusText}`);
+      if (!answer.ok) throw new Error(t("server_answers", { status: `${answer.status} ${answer.statusText}` }));
       const report = await answer.json();
       if (!this._stopped) this._tell(report);
     } catch (error) {

@@ -5,20 +5,19 @@
 
 import { h, setAttributes, setText, show } from "./dom.js";
 import { duration } from "./units.js";
+import { listed, named, t } from "./words.js";
 
 /** @typedef {import("./report.js").Prompt} Prompt */
 
-/** @type {Record<string, string>} */
-const STAGES = { load: "Loading", encode: "Encoding the text", sample: "Sampling", decode: "Decoding" };
-
 /** @param {() => void} onRefresh */
 export function status(onRefresh) {
-  const stage = h("span", { class: "sl-stage-now", role: "status" }, "Asking the server");
+  const stage = h("span", { class: "sl-stage-now", role: "status" }, t("status_asking"));
   const steps = h("span", { class: "sl-steps" });
-  const refresh = h("button", { type: "button", class: "sl-button", title: "Refresh", "aria-label": "Refresh" });
+  const label = t("refresh");
+  const refresh = h("button", { type: "button", class: "sl-button", title: label, "aria-label": label });
   refresh.append(h("i", { class: "pi pi-refresh", "aria-hidden": "true" }));
   refresh.addEventListener("click", onRefresh);
-  const progress = h("progress", { class: "sl-progress", "aria-label": "Steps", max: 1, value: 0 });
+  const progress = h("progress", { class: "sl-progress", "aria-label": t("steps"), max: 1, value: 0 });
   const problem = h("p", { class: "sl-problem", role: "alert" });
   show(problem, false);
   return {
@@ -33,8 +32,8 @@ export function status(onRefresh) {
     },
     /** @param {string} reason */
     fail(reason) {
-      setText(stage, "No report");
-      setText(problem, `The server's report could not be read: ${reason}. It is asked again every few seconds.`);
+      setText(stage, t("status_failed"));
+      setText(problem, t("report_failed", { reason }));
       show(problem, true);
     },
   };
@@ -42,14 +41,14 @@ export function status(onRefresh) {
 
 /** @param {Prompt | null} prompt */
 function stageText(prompt) {
-  if (!prompt) return "Idle, no prompt has run yet";
-  if (!prompt.running) return "Idle";
-  return prompt.stage ? (STAGES[prompt.stage] ?? prompt.stage) : "Running";
+  if (!prompt) return t("status_never");
+  if (!prompt.running) return t("status_idle");
+  return prompt.stage ? named("status", prompt.stage) : t("status_running");
 }
 
 /** @param {Prompt} prompt */
 function stepsText(prompt) {
-  const each = prompt.step_ms === null ? "" : `${duration(prompt.step_ms)} a step`;
-  const count = prompt.running && prompt.steps > 1 ? `${prompt.step} of ${prompt.steps}` : "";
-  return [count, each].filter(Boolean).join(", ");
+  const each = prompt.step_ms === null ? "" : t("time_a_step", { time: duration(prompt.step_ms) });
+  const counts = prompt.running && prompt.steps > 1;
+  return listed([counts ? t("step_of", { step: prompt.step, steps: prompt.steps }) : "", each]);
 }

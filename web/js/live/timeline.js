@@ -6,19 +6,20 @@
 
 import { h, setAttributes, setText, show, svg } from "./dom.js";
 import { axis, size } from "./units.js";
+import { exact, listed, named, number, t } from "./words.js";
 
 /** @typedef {import("./report.js").Timeline} TimelineData */
 
 const HEIGHT = 176;
 const MARGIN = { left: 48, right: 8, top: 24, bottom: 20 };
 const LETTER = 6.4; // width of one, about, to know what fits
-/** @type {Record<string, string>} */
-const SERIES = { vram_used: "VRAM", vram_allocated: "of it torch's", ram_anonymous: "RAM", ram_file: "RAM of files" };
+const WIDE = /[\u1100-\uffef]/g; // letters that take the room of two
+const SERIES = ["vram_used", "vram_allocated", "ram_anonymous", "ram_file"];
 
 export function timeline() {
-  const empty = h("p", { class: "sl-empty" }, "No prompt has run yet. Its memory over time will be drawn here.");
+  const empty = h("p", { class: "sl-empty" }, t("timeline_empty"));
   const chart = svg("svg", { class: "sl-chart", "aria-hidden": "true", height: HEIGHT });
-  const slider = h("div", { role: "slider", tabindex: 0, "aria-label": "Time in the prompt" }, chart);
+  const slider = h("div", { role: "slider", tabindex: 0, "aria-label": t("timeline_cursor") }, chart);
   const legend = h("dl", { class: "sl-parts sl-legend" });
   const readout = h("p", { class: "sl-detail" });
   const element = h("div", {}, empty, slider, readout, legend);
@@ -37,7 +38,7 @@ export function timeline() {
     setAttributes(chart, { viewBox: `0 0 ${width} ${HEIGHT}` });
     chart.replaceChildren(...grid(scale), ...stages(data, scale), ...lines(data, scale), ...cursorLine());
     legend.replaceChildren(...legendRows(data, cursor));
-    setText(readout, cursor < 0 ? "Peak" : timeText(data, cursor));
+    setText(readout, cursor < 0 ? t("timeline_peak") : timeText(data, cursor));
     const at = cursor < 0 ? data.samples.length - 1 : cursor;
     setAttributes(slider, {
       "aria-valuemin": 0,
@@ -120,7 +121,7 @@ function scaleOf(data, width) {
     end,
     width,
     unit,
-    unitName: unit === 1e9 ? "GB" : "MB",
+    unitName: /** @type {"gb" | "mb"} */ (unit === 1e9 ? "gb" : "mb"),
     vertical,
     x: (/** @type {number} */ ms) => MARGIN.left + (inner * ms) / end,
     y: (/** @type {number} */ bytes) => HEIGHT - MARGIN.bottom - (tall * bytes) / unit / vertical.top,
@@ -130,7 +131,7 @@ function scaleOf(data, width) {
 
 /** @param {TimelineData} data the columns that this system knows */
 function seriesOf(data) {
-  const all = Object.keys(SERIES).map((name) => {
+  const all = SERIES.map((name) => {
     const column = data.columns.indexOf(name);
     return { name, values: data.samples.map((sample) => sample[column] ?? null) };
   });
@@ -142,16 +143,16 @@ function grid(scale) {
   const seconds = axis(scale.end / 1e3, Math.max(2, Math.floor(scale.width / 70)));
   const rows = scale.vertical.ticks.flatMap((tick, index) => {
     const y = scale.y(tick * scale.unit);
-    const unit = index === scale.vertical.ticks.length - 1 ? ` ${scale.unitName}` : "";
+    const said = index === scale.vertical.ticks.length - 1 ? t(scale.unitName, { number: exact(tick) }) : exact(tick);
     return [
       svg("line", { class: "sl-grid", x1: MARGIN.left, x2: scale.width - MARGIN.right, y1: y, y2: y }),
-      svg("text", { class: "sl-tick", x: MARGIN.left - 5, y: y + 3.5, "text-anchor": "end" }, `${round(tick)}${unit}`),
+      svg("text", { class: "sl-tick", x: MARGIN.left - 5, y: y + 3.5, "text-anchor": "end" }, said),
     ];
   });
   const columns = seconds.ticks.filter((tick) => tick * 1e3 <= scale.end).map((tick, index, ticks) => {
     const x = Math.min(scale.x(tick * 1e3), scale.width - MARGIN.right - 8);
-    const unit = index === ticks.length - 1 ? " s" : "";
-    return svg("text", { class: "sl-tick", x, y: HEIGHT - 5, "text-anchor": "middle" }, `${round(tick)}${unit}`);
+    const said = index === ticks.length - 1 ? t("seconds", { number: exact(tick) }) : exact(tick);
+    return svg("text", { class: "sl-tick", x, y: HEIGHT - 5, "text-anchor": "middle" }, said);
   });
   return [...rows, ...columns];
 }
@@ -166,15 +167,16 @@ function stages(data, scale) {
   const begun = data.marks.filter((mark) => mark.stage !== null);
   return begun.flatMap((mark, index) => {
     const stage = mark.stage ?? "";
+    const name = named("stage", stage);
     const [left, right] = [scale.x(mark.ms), scale.x(begun[index + 1]?.ms ?? scale.end)];
     const width = Math.max(right - left - 1, 1);
     const band = { class: `sl-stage sl-stage-${stage}`, x: left, y: 2, width, height: 16, rx: 3 };
     const parts = [
-      svg("rect", band, svg("title", {}, stage)),
+      svg("rect", band, svg("title", {}, name)),
       svg("line", { class: "sl-stage-line", x1: left, x2: left, y1: MARGIN.top - 6, y2: HEIGHT - MARGIN.bottom }),
     ];
-    if (width > stage.length * LETTER) {
-      parts.push(svg("text", { class: "sl-stage-name", x: left + width / 2, y: 14, "text-anchor": "middle" }, stage));
+    if (width > (name.length + (name.match(WIDE) ?? []).length) * LETTER) {
+      parts.push(svg("text", { class: "sl-stage-name", x: left + width / 2, y: 14, "text-anchor": "middle" }, name));
     }
     return parts;
   });
@@ -201,7 +203,7 @@ function legendRows(data, cursor) {
   return seriesOf(data).map(({ name, values }) => {
     const swatch = h("span", { class: `sl-swatch sl-swatch-${name}`, "aria-hidden": "true" });
     const value = cursor < 0 ? data.peak[name] : values[cursor];
-    return h("div", {}, swatch, h("dt", {}, SERIES[name]), h("dd", {}, size(value)));
+    return h("div", {}, swatch, h("dt", {}, named("series", name)), h("dd", {}, size(value)));
   });
 }
 
@@ -209,16 +211,12 @@ function legendRows(data, cursor) {
 function timeText(data, index) {
   const ms = data.samples[index][0] ?? 0;
   const begun = data.marks.filter((mark) => mark.stage !== null && mark.ms <= ms);
-  return `At ${(ms / 1e3).toFixed(1)} s${begun.length ? `, ${begun[begun.length - 1].stage}` : ""}`;
+  const at = t("timeline_at", { time: t("seconds", { number: number(ms / 1e3, 1) }) });
+  return listed([at, begun.length ? named("stage", begun[begun.length - 1].stage ?? "") : ""]);
 }
 
 /** @param {TimelineData} data @param {number} index */
 function sampleText(data, index) {
-  const values = seriesOf(data).map(({ name, values: all }) => `${SERIES[name]} ${size(all[index])}`);
-  return `${timeText(data, index)}: ${values.join(", ")}`;
-}
-
-/** @param {number} value */
-function round(value) {
-  return String(Number(value.toPrecision(6)));
+  const values = seriesOf(data).map(({ name, values: all }) => `${named("series", name)} ${size(all[index])}`);
+  return `${timeText(data, index)}: ${listed(values)}`;
 }

@@ -1,13 +1,15 @@
 // @ts-check
 /**
- * Numbers for people, as the server's own texts have them (loaders/sizes.py).
+ * Numbers for people, in English as the server's own texts have them (loaders/sizes.py).
  */
 
-/** @type {[number, string, number][]} */
+import { counted, number, t } from "./words.js";
+
+/** @type {[number, "gb" | "mb" | "kb", number][]} */
 const UNITS = [
-  [1e9, "GB", 2],
-  [1e6, "MB", 1],
-  [1e3, "kB", 1],
+  [1e9, "gb", 2],
+  [1e6, "mb", 1],
+  [1e3, "kb", 1],
 ];
 
 /** In the decimal unit that suits; `?` where it is not known. @param {number | null | undefined} nbytes */
@@ -15,29 +17,25 @@ export function size(nbytes) {
   if (nbytes === null || nbytes === undefined) return "?";
   for (const [unit, name, digits] of UNITS) {
     // What would be rounded up to 1000 of a unit is one of the next.
-    if (nbytes >= unit - unit / 2e3) return `${(nbytes / unit).toFixed(digits)} ${name}`;
+    if (nbytes >= unit - unit / 2e3) return t(name, { number: number(nbytes / unit, digits) });
   }
-  return counted(nbytes, "byte");
+  return counted("bytes", nbytes);
 }
 
 /** @param {number | null | undefined} milliseconds */
 export function duration(milliseconds) {
   if (milliseconds === null || milliseconds === undefined) return "?";
-  return milliseconds >= 10_000 ? `${(milliseconds / 1e3).toFixed(1)} s` : `${milliseconds.toFixed(1)} ms`;
+  const long = milliseconds >= 10_000;
+  return t(long ? "seconds" : "milliseconds", { number: number(long ? milliseconds / 1e3 : milliseconds, 1) });
 }
 
 /** Never 0 % or 100 % of what is neither nothing nor all. @param {number} part @param {number} whole */
 export function percent(part, whole) {
-  if (whole <= 0) return "0 %";
-  const exact = (100 * part) / whole;
-  if (exact > 0 && exact < 0.5) return "<1 %";
-  if (exact < 100 && exact >= 99.5) return ">99 %";
-  return `${Math.round(exact)} %`;
-}
-
-/** @param {number} count @param {string} one @param {string} [many] */
-export function counted(count, one, many = `${one}s`) {
-  return `${count} ${count === 1 ? one : many}`;
+  const exact = whole > 0 ? (100 * part) / whole : 0;
+  let said = String(Math.round(exact));
+  if (exact > 0 && exact < 0.5) said = "<1";
+  if (exact < 100 && exact >= 99.5) said = ">99";
+  return t("percent", { number: said });
 }
 
 /**
