@@ -19,6 +19,8 @@ import comfy.ops
 import torch
 from comfy_execution.utils import get_executing_context
 
+from .patch_at_use import computed_in
+
 # Told before every layer's forward, where the host interrupts a run that the user cancelled.
 run_every_op = comfy.ops.run_every_op
 
@@ -144,7 +146,12 @@ def account_pinned(nbytes: int) -> None:
 
 def patch_at_use(key: str, patches: dict) -> Any:
     """The host's own weight function for patches on a weight that it leaves in RAM."""
-    return comfy.model_patcher.LowVramPatch(key, patches)
+    return _PatchAtUse(key, patches)
+
+
+class _PatchAtUse(comfy.model_patcher.LowVramPatch):
+    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+        return super().__call__(weight.to(computed_in(self.patches[self.key], weight.dtype))).to(weight.dtype)
 
 
 def cast_at_use(module: torch.nn.Module, forced: bool, elsewhere: bool) -> None:

@@ -30,8 +30,8 @@ import torch
 from .gguf.types import GGMLType
 from .quant import dispatch
 from .quant.layout import is_gguf
+from .sizes import aligned
 
-ALIGN = 256  # of factors in one piece of memory
 WAYS = ("auto", "runtime", "merge")  # by [Note: Which way]; always beside; always folded
 
 
@@ -95,7 +95,7 @@ class Factors:
         def place(rows: int, columns: int) -> torch.Tensor:
             nonlocal offset
             start, nbytes = offset, rows * columns * dtype.itemsize
-            offset += _aligned(nbytes)
+            offset += aligned(nbytes)
             return memory[start : start + nbytes].view(dtype).view(rows, columns)
 
         factors = object.__new__(cls)
@@ -237,7 +237,7 @@ def nbytes(adapters: Sequence[Adapter], dtype: torch.dtype) -> int:
 def packed_bytes(adapters: Sequence[Adapter], dtype: torch.dtype) -> int:
     """What `Factors.in_memory` of them take."""
     factors = sum(a.down.numel() for a in adapters), *(sum(a.up.numel() for a in g) for g in _by_rows(adapters))
-    return sum(_aligned(elements * dtype.itemsize) for elements in factors)
+    return sum(aligned(elements * dtype.itemsize) for elements in factors)
 
 
 def _by_rows(adapters: Sequence[Adapter]) -> list[list[Adapter]]:
@@ -245,7 +245,3 @@ def _by_rows(adapters: Sequence[Adapter]) -> list[list[Adapter]]:
     for adapter in adapters:
         found.setdefault(adapter.rows, []).append(adapter)
     return list(found.values())
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGN) * ALIGN

@@ -124,7 +124,10 @@ class MappedLayer(torch.nn.Module):
             if probe.device == home.device and probe.dtype == home.dtype:
                 self._away.pop(name, None)
                 return home
-        moved = torch.nn.Parameter(self._as_used(name, fn(parameter), parameter.device), requires_grad=False)
+        data = self._as_used(name, fn(parameter), parameter.device)
+        # What is there already stays the object that it is: wrapped anew outside of inference mode, a quantised one
+        # could not be used inside.
+        moved = parameter if data is parameter else torch.nn.Parameter(data, requires_grad=False)
         if known:  # also where the host moves it to the device that it is on
             self._away[name] = moved
         return moved

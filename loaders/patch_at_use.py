@@ -11,19 +11,36 @@ import copy
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import comfy.lora
 import torch
-from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
+from comfy.weight_adapter import (
+    BOFTAdapter,
+    GLoRAAdapter,
+    LoHaAdapter,
+    LoKrAdapter,
+    LoRAAdapter,
+    OFTAdapter,
+    WeightAdapterBase,
+)
 
 from . import low_rank
+
+_DORA_SCALE = {LoRAAdapter: 4, LoHaAdapter: 7, LoKrAdapter: 8, GLoRAAdapter: 5}  # where in `weights` it is
 
 
 class PatchAtUse:
     """Patches for one weight, computed with the host's own arithmetic.
 
     The adapters' tensors stay where the file reader put them, in host memory, and are copied to a device when the
-    host moves the layer's functions there (`move_to`). Clones of a model hold the same objects and so one copy.
+    host moves the layer's functions there (`move_to`). Clones of a model that share its network hold the same objects
+    and so one copy. A clone with a network of its own, which the host makes for a second GPU, loads and unloads by
+    itself and gets functions of its own (`of`), for to be moved home says nothing of the device that one leaves.
+
+    A copy may be dropped while kernels still read it. It was allocated on its device's current stream, which waits
+    for whatever other stream the host has functions run in before the layer computes; and the allocator gives the
+    bytes to nobody but work that comes later on that stream.
 
     Args:
         key: the weight's name in the model.
@@ -37,14 +54,17 @@ class PatchAtUse:
         self.originals = originals
         self.stays_home = False  # `move_to` makes no copies: they come and go otherwise
         self._moved: dict[torch.device, Any] = {}
+        self._by_network: WeakKeyDictionary[torch.nn.Module, ref[PatchAtUse]] = WeakKeyDictionary()  # shared by `of`
 
     def __call__(self, weight: torch.Tensor) -> torch.Tensor:
         return self._by_host(self._moved.get(weight.device, self.patches), weight)
 
     def _by_host(self, patches: list[tuple], weight: torch.Tensor) -> torch.Tensor:
-        return comfy.lora.calculate_weight(
-            patches, weight, self.key, intermediate_dtype=weight.dtype, original_weights=self.originals
+        dtype = computed_in(self.patches, weight.dtype)
+        patched = comfy.lora.calculate_weight(
+            patches, weight.to(dtype), self.key, intermediate_dtype=dtype, original_weights=self.originals
         )
+        return patched.to(weight.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -68,6 +88,19 @@ class PatchAtUse:
                 return 0
             self._moved[device] = self._copy(device)
         return self.nbytes
+
+    def of(self, network: torch.nn.Module) -> PatchAtUse:
+        """The function with these patches that moves with `network`: this one where it is the first to be asked for,
+        and the same for all clones of that network, as long as one of them has it."""
+        known = self._by_network.get(network)
+        function = known() if known is not None else None
+        if function is None:
+            function = self
+            if any(known() is self for known in self._by_network.values()):
+                function = copy.copy(self)
+                function.stays_home, function._moved = False, {}
+            self._by_network[network] = ref(function)
+        return function
 
     def _copy(self, device: torch.device) -> Any:
         return [(patch[0], _to(patch[1], device), *patch[2:]) for patch in self.patches]
@@ -162,6 +195,23 @@ def patch_at_use(
     return LowRankAtUse(key, patches, plain, shape, dtype, way)
 
 
+def computed_in(patches: list[tuple], dtype: torch.dtype) -> torch.dtype:
+    """What the host is to compute patches of a weight of `dtype` in.
+
+    It does so in float32 where it writes them into a weight, and in the weight's own type where it uses them. In 16
+    bits its OFT and BOFT end in an error that it only logs, because an inverse is float32 (`comfy/weight_adapter`), and
+    DoRA adds the type's epsilon, 2^-7 in bfloat16, to norms of rows, which are about 1.
+    """
+    return torch.float32 if any(_needs_float32(patch[1]) for patch in patches) else dtype
+
+
+def _needs_float32(value: Any) -> bool:
+    if not isinstance(value, WeightAdapterBase):
+        return False
+    place = _DORA_SCALE.get(type(value))
+    return isinstance(value, (OFTAdapter, BOFTAdapter)) or (place is not None and value.weights[place] is not None)
+
+
 def joined(functions: list, function: PatchAtUse) -> list:
     """`functions` and then `function`: one with the last of them where both are LoRAs that go the same way."""
     last = functions[-1] if functions else None
@@ -169,6 +219,13 @@ def joined(functions: list, function: PatchAtUse) -> list:
         return [*functions, function]
     patches, adapters = last.patches + function.patches, last.adapters + function.adapters
     return [*functions[:-1], LowRankAtUse(last.key, patches, adapters, last.shape, last.dtype, last.way)]
+
+
+def of_network(functions: dict[str, list], network: torch.nn.Module) -> dict[str, list]:
+    """A patcher's functions by weight, those of patches such as move with `network` alone."""
+    return {
+        name: [f.of(network) if isinstance(f, PatchAtUse) else f for f in found] for name, found in functions.items()
+    }
 
 
 def _plain_lora(patch: tuple, shape: tuple[int, ...]) -> low_rank.Adapter | None:

@@ -26,7 +26,7 @@ from comfy.model_patcher import ModelPatcher
 from .cold_weights import read_weights_ahead
 from .exchange import Loaded, exchange
 from .gguf.reader import GGUFFile
-from .patch_at_use import PatchAtUse, joined, patch_at_use
+from .patch_at_use import PatchAtUse, joined, of_network, patch_at_use
 from .quant.layout import dense, is_gguf
 from .saving import LazyWeight
 
@@ -141,8 +141,9 @@ class PatchingAtUse(ModelPatcher):
     # --- loading
 
     def model_patches_to(self, device: Any) -> None:
-        """What the host calls first when it loads a model."""
+        """What the host calls first when it loads a model, which may be a clone for another GPU."""
         restore(self.model)
+        self.weight_wrapper_patches: dict[str, list] = of_network(self.weight_wrapper_patches, self.model)
         super().model_patches_to(device)
 
     def load(self, device_to: torch.device | None = None, *args: Any, **kwargs: Any) -> None:

@@ -1,10 +1,16 @@
-"""Bytes in words."""
+"""Bytes in words, and up to the next multiple."""
 
 from __future__ import annotations
 
 import math
 
+ALIGN = 256  # bytes; what the CUDA allocator grants, and more than any kernel's widest load needs
 UNITS = ((1e9, "GB", 2), (1e6, "MB", 1), (1e3, "kB", 1))
+
+
+def aligned(nbytes: int, to: int = ALIGN) -> int:
+    """The next multiple of `to`."""
+    return -(-nbytes // to) * to
 
 
 def size(nbytes: float) -> str:

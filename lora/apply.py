@@ -10,16 +10,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 from typing import Any, Protocol, runtime_checkable
 
 import comfy.lora
 import comfy.lora_convert
 import comfy.utils
 import torch
-from comfy.weight_adapter import LoRAAdapter
 
 from . import keys
+from .fit import fits
 from .read import AdapterFile, LoraError
 
 log = logging.getLogger("sluice.lora")
@@ -88,7 +87,7 @@ def apply(
         patches = comfy.lora.load_lora(tensors, names, log_missing=False)
     except KeyError as error:
         raise LoraError(adapter.path, f"tensor {error} is missing", "it is incomplete, download it again") from error
-    misfits = set()
+    placed: set[Any] = set()
     parts = {"model": (model, strength_model), "clip": (clip.patcher if clip is not None else None, strength_clip)}
     results: dict[str, Any] = {"model": model, "clip": clip}
     count = 0
@@ -97,13 +96,12 @@ def apply(
             continue
         shapes = {name: tuple(weight.shape) for name, weight in patcher.model.state_dict().items()}
         own = {target: patch for target, patch in patches.items() if _weight_name(target) in shapes}
-        wrong = {t for t, patch in own.items() if not _fits(patch, t, shapes[_weight_name(t)])}
-        misfits |= wrong
-        fitting = {target: patch for target, patch in own.items() if target not in wrong}
+        fitting = {t: patch for t, patch in own.items() if fits(patch, t, shapes[_weight_name(t)])}
+        placed |= fitting.keys()
         count += len(fitting)
         if fitting and strength != 0:
             results[part] = _patched(results[part], fitting, strength, way, adapter)
-    unmatched = (*_unmatched(tensors, clip is not None), *_files_names(misfits, names, tensors))
+    unmatched = tuple(_unmatched(tensors, names, placed, clip is not None))
     if count == 0:
         raise _nothing_fits(adapter, model, unmatched)
     applied = Applied(results["model"], results["clip"], count, unmatched, len(tensors))
@@ -148,36 +146,21 @@ def _weight_name(target: Any) -> str:
     return target if isinstance(target, str) else target[0]
 
 
-def _fits(patch: Any, target: Any, shape: tuple[int, ...]) -> bool:
-    """Whether a LoRA's or a difference's shape is the weight's; other kinds are left to the host.
-
-    The host would find out at every use of the weight, and log it every time.
-    """
-    if not isinstance(target, str):
-        dim, _, length = target[1]
-        shape = (*shape[:dim], length, *shape[dim + 1 :])
-    if isinstance(patch, LoRAAdapter):
-        up, down, _, mid, _, reshape = patch.weights
-        if mid is not None or reshape is not None:
-            return True
-        up, down = up.flatten(1), down.flatten(1)
-        return up.shape[1] == down.shape[0] and up.shape[0] * down.shape[1] == prod(shape)
-    if isinstance(patch, tuple) and patch[0] in ("diff", "set") and len(patch[1]) == 1:
-        return tuple(patch[1][0].shape) == shape
-    return True
-
-
-def _unmatched(tensors: _Watched, with_clip: bool) -> Iterator[str]:
-    """The tensors that nothing took; those for a text encoder count only where one is connected."""
+def _unmatched(tensors: _Watched, names: dict[str, Any], placed: set, with_clip: bool) -> Iterator[str]:
+    """The tensors that nothing took, or that go where the model has nothing of their shape; those for a text encoder
+    count only where one is connected."""
     for name in tensors:
-        if name not in tensors.taken and (with_clip or not keys.is_for_text_encoder(name)):
+        stem, ending = keys.split(name)
+        if name not in tensors.taken:
+            if with_clip or not keys.is_for_text_encoder(name):
+                yield name
+        elif stem in names and _destination(names[stem], ending) not in placed:
             yield name
 
 
-def _files_names(targets: set, names: dict[str, Any], tensors: _Watched) -> Iterator[str]:
-    """The tensors of the file that went to these targets."""
-    stems = {stem for stem, target in names.items() if target in targets}
-    return (name for name in tensors if keys.split(name)[0] in stems)
+def _destination(target: Any, ending: str) -> Any:
+    """What `load_lora` makes a tensor a patch of; parts of fused weights have no biases."""
+    return f"{target[: -len('.weight')]}.bias" if ending in keys.OF_THE_BIAS else target
 
 
 def _nothing_fits(adapter: AdapterFile, model: Any, unmatched: tuple[str, ...]) -> LoraError:

@@ -4,7 +4,8 @@ ComfyUI maps the dialects of kohya, diffusers, PEFT and others (`comfy.lora`), a
 models. What is left, and is here:
 
     GGUF        NAME.weight.lora_a, NAME.weight.lora_b and one alpha for all (llama.cpp's convert_lora_to_gguf.py)
-    PEFT DoRA   NAME.lora_magnitude_vector[.weight], a vector, is what others call NAME.dora_scale, a column
+    PEFT DoRA   NAME.lora_magnitude_vector[.weight], a vector (of a convolution [1, N, 1, ...]), is what others call
+                NAME.dora_scale, a column with as many dimensions as the weight
     prefixes    base_model.model.NAME, transformer.NAME, plain NAME and others, where it is diffusion_model.NAME that
                 is known
 """
@@ -34,6 +35,7 @@ ENDINGS = (
     *(f".{part}.weight" for part in ("a1", "a2", "b1", "b2")),
     *(".oft_blocks", ".rescale", ".diff", ".diff_b", ".set_weight", ".w_norm", ".b_norm"),
 )
+OF_THE_BIAS = (".diff_b", ".b_norm")
 _LONGEST_FIRST = sorted(ENDINGS, key=len, reverse=True)
 
 # How the text encoder's part of an adapter begins.
@@ -63,7 +65,7 @@ def canonical(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if ending is None:
             renamed[name] = tensor
         else:
-            renamed[name.removesuffix(ending) + ".dora_scale"] = tensor.reshape(-1, 1)
+            renamed[name.removesuffix(ending) + ".dora_scale"] = tensor.reshape(-1, *[1] * max(tensor.dim() - 1, 1))
     return renamed
 
 

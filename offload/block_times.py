@@ -21,7 +21,7 @@ class BlockTimes:
     """Of one network's blocks on one device. Used by one thread at a time."""
 
     def __init__(self, blocks: int, device: torch.device) -> None:
-        self._timer = _CudaTimer if device.type == "cuda" else _HostTimer
+        self.device = device
         self._seconds: list[float | None] = [None] * blocks  # the shortest of this round
         self._known: list[float | None] = [None] * blocks  # of the last round that was complete
         self._running: dict[int, _CudaTimer | _HostTimer] = {}
@@ -45,7 +45,7 @@ class BlockTimes:
         self._last = block
         self._read(block)
         if self._counts[block] < PASSES and block not in self._running:  # else the GPU is a pass behind
-            timer = self._running[block] = self._idle.pop(block) if block in self._idle else self._timer()
+            timer = self._running[block] = self._idle.pop(block) if block in self._idle else self._new_timer()
             timer.start()
 
     def stop(self, block: int) -> None:
@@ -86,8 +86,11 @@ class BlockTimes:
         if self._pass is not None:
             self._pass.stop()
             self._passes.append(self._pass)
-        self._pass = self._timer()
+        self._pass = self._new_timer()
         self._pass.start()
+
+    def _new_timer(self) -> _CudaTimer | _HostTimer:
+        return _CudaTimer(self.device) if self.device.type == "cuda" else _HostTimer()
 
     def _read(self, block: int) -> None:
         timer = self._running.get(block)
@@ -120,16 +123,19 @@ class _HostTimer:
 
 
 class _CudaTimer:
-    def __init__(self) -> None:
+    """Of one GPU, whichever is the current one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._began, self._ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.stopped = False
 
     def start(self) -> None:
         self.stopped = False
-        self._began.record()
+        self._began.record(torch.cuda.current_stream(self._device))
 
     def stop(self) -> None:
-        self._ended.record()
+        self._ended.record(torch.cuda.current_stream(self._device))
         self.stopped = True
 
     def seconds(self) -> float | None:

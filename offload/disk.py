@@ -22,7 +22,7 @@ from functools import partial
 import torch
 
 from ..loaders.read_ahead import PATIENCE
-from ..loaders.sizes import size
+from ..loaders.sizes import aligned, size
 from .device import Device, Event, Stream
 from .errors import RefusedError
 from .files import DIRECT_ALIGN, Key, OpenFiles, Weight, WeightFile, streamed_bytes
@@ -213,7 +213,7 @@ class DiskSource:
             self._device.synchronize(slot.event)
             slot.in_flight = False
         needed = part.skipped + part.nbytes
-        whole = -(-needed // DIRECT_ALIGN) * DIRECT_ALIGN
+        whole = aligned(needed, DIRECT_ALIGN)
         part.file.read_into(slot.view[:whole], part.offset - part.skipped, needed)
 
     def check(self) -> None:

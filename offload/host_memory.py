@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 
 from ..loaders.read_ahead import Told, Watch, patiently, unwatched
-from ..loaders.sizes import size
+from ..loaders.sizes import aligned, size
 from .device import Device, Stream
 from .errors import RefusedError
 from .files import Key, OpenFiles, Weight, streamed_bytes
@@ -27,7 +27,6 @@ from .registration import Registrar
 
 CHUNK_BYTES = 256 << 20  # one registration; a limit on locked memory then shows before all has been read
 READ_BYTES = 8 << 20  # one read
-ALIGN = 256
 
 
 class Source(Protocol):
@@ -177,7 +176,7 @@ def hold_memory(source: HostSource, request: Request) -> str:
 
 def hold_pinned(source: HostSource, weights: Mapping[Key, Weight], request: Request) -> None:
     """Add `weights`, read or copied into chunks of pinned memory; all or, with RefusedError, none of them."""
-    needed = sum(_aligned(weight.nbytes) for weight in weights.values())
+    needed = sum(aligned(weight.nbytes) for weight in weights.values())
     if source.pinned_bytes + needed > request.ram_budget_bytes:
         raise RefusedError(f"it needs {size(needed)} of RAM, and {size(request.ram_budget_bytes)} may be pinned")
     buffers: list[HostBuffer] = []
@@ -207,7 +206,7 @@ def _fill(
             if chunk == len(chunks):
                 chunks.append([])
             chunks[chunk].append((key, start, nbytes, offset))
-        end += _aligned(weight.nbytes)
+        end += aligned(weight.nbytes)
 
     with ThreadPoolExecutor(request.threads, "sluice-fill") as pool:
         for number, contents in enumerate(chunks):
@@ -249,10 +248,6 @@ def _cut(begin: int, nbytes: int, length: int) -> Sequence[tuple[int, int, int, 
         parts.append((done, size, chunk, offset))
         done += size
     return parts
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGN) * ALIGN
 
 
 def _is_pinned(data: torch.Tensor) -> bool:

@@ -26,9 +26,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from ..loaders.sizes import gb_up, size
+from ..loaders.sizes import aligned, gb_up, size
 from .costs import AUTO, GB, BlockCost, Link, ms
-from .ring import Copy, Ring, Stream, aligned
+from .ring import Copy, Ring, Stream
 from .shares import Chosen, diffuse, spread, water_fill
 from .simulate import step_seconds
 

@@ -125,7 +125,8 @@ class Residency:
         if self._device is None or self._moved_away(device):
             self.leave()
             self._device = device_for(device)
-            self.times = self.times or BlockTimes(len(self._blocks), device)
+            if self.times is None or self.times.device != self._device.torch_device:  # another one is faster or slower
+                self.times = BlockTimes(len(self._blocks), self._device.torch_device)
         if not self.arranged:
             self._take_stock(network)
         budget = terms.budget_bytes

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-ALIGN = 256  # bytes; what the CUDA allocator grants, and more than any kernel's widest load needs
+from ..loaders.sizes import ALIGN, aligned
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,6 @@ class Ring:
 
 
 NO_RING = Ring(0, ())
-
-
-def aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGN) * ALIGN
 
 
 class Stream:

@@ -122,3 +122,18 @@ def test_gpu_times_are_the_kernels_and_nobody_waits() -> None:
     assert times.complete()
     short, long = times.seconds()
     assert 2 * short < long
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_gpu_that_is_not_the_current_one() -> None:
+    times, x = BlockTimes(1, torch.device("cuda", 1)), torch.ones(2048, 2048, device="cuda:1")
+    for number in range(PASSES):
+        with torch.cuda.device(number % 2):
+            times.start(0)
+            for _ in range(20):
+                x = x @ x / 2048
+            times.stop(0)
+        torch.cuda.synchronize(1)
+    assert times.complete()
+    assert times.seconds()[0] > 20 * 2 * 2048**3 / 1e15  # faster than any GPU is

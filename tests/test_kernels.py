@@ -181,6 +181,11 @@ def test_more_than_two_to_the_31_elements(name, rng):
 def test_runs_where_the_data_is(rng):
     data = placed(random_blocks(GGMLType.IQ2_S, 40, rng), 0).to("cuda:1")
     shape = (40, 256)
+    want = reference.dequantize(data, GGMLType.IQ2_S, shape, torch.float32)
     with torch.cuda.device(0):
         got = launch.dequantize(data, GGMLType.IQ2_S, shape)
-    assert_same_bits(got, reference.dequantize(data, GGMLType.IQ2_S, shape))
+        bound = launch.bind(data, GGMLType.IQ2_S, shape, torch.float32)
+        assert_same_bits(bound(), want)
+    assert_same_bits(got, want)
+    with torch.cuda.device(1):
+        assert_same_bits(bound(), want)

@@ -8,8 +8,9 @@ import weakref
 import pytest
 import torch
 from pack.loaders.gguf.types import GGMLType
-from pack.loaders.low_rank import ALIGN, Adapter, Factors, FoldedWeight, nbytes, packed_bytes
+from pack.loaders.low_rank import Adapter, Factors, FoldedWeight, nbytes, packed_bytes
 from pack.loaders.quant.layout import quantized
+from pack.loaders.sizes import ALIGN
 
 CPU = torch.device("cpu")
 N, K, ROWS = 48, 40, 7

@@ -166,6 +166,8 @@ def test_damaged_gguf_is_an_error(tmp_path: Path) -> None:
 def test_peft_magnitudes_become_dora_columns(name: str) -> None:
     (found,) = keys.canonical({name: torch.arange(3.0)}).items()
     assert found[0] == "x.dora_scale" and found[1].tolist() == [[0], [1], [2]]
+    (found,) = keys.canonical({name: torch.arange(3.0).view(1, 3, 1, 1)}).items()  # of a convolution
+    assert found[1].shape == (3, 1, 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,11 @@ from itertools import pairwise
 import pytest
 from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
+from pack.loaders.sizes import ALIGN, aligned
 from pack.offload.costs import AUTO, SMALL_BYTES, BlockCost, Link, SwapRequest
 from pack.offload.plan import BudgetTooSmallError, StreamPlan, everything, make_plan, predict
 from pack.offload.replan import replan
-from pack.offload.ring import ALIGN, Stream, aligned
+from pack.offload.ring import Stream
 from pack.offload.shares import diffuse, spread, water_fill
 from pack.offload.simulate import step_seconds
 

@@ -399,3 +399,14 @@ def test_what_of_a_block_may_stream() -> None:
     case = Arranged()
     assert [len(block) for block in case.residency._blocks] == [2] * BLOCKS, "the biases stay"
     assert sum(isinstance(slot.home, QuantizedTensor) for slot in slots(case)) == BLOCKS
+
+
+def test_times_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host may send a model to the CPU and back."""
+    monkeypatch.setattr(module, "device_for", HostDevice)
+    arranged, times = Arranged(), []
+    for place in ("cpu", "meta", "meta", "cpu"):
+        arranged.residency.arrange(arranged.network, torch.device(place), terms(1 << 30))
+        times.append(arranged.residency.times)
+        assert times[-1] is not None and times[-1].device.type == place
+    assert times[1] is times[2] and len({id(found) for found in times}) == 3

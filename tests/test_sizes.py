@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from pack.loaders.sizes import gb_up, size
+from pack.loaders.sizes import ALIGN, aligned, gb_up, size
 from pack.offload.costs import BlockCost, Link
 from pack.offload.plan import BudgetTooSmallError, make_plan
 
@@ -18,6 +18,12 @@ from pack.offload.plan import BudgetTooSmallError, make_plan
 )
 def test_size(nbytes: float, said: str) -> None:
     assert size(nbytes) == said
+
+
+@pytest.mark.parametrize(("nbytes", "to", "multiple"), [(0, 256, 0), (1, 256, 256), (512, 256, 512), (33, 32, 64)])
+def test_aligned(nbytes: int, to: int, multiple: int) -> None:
+    assert aligned(nbytes, to) == multiple
+    assert aligned(ALIGN - 1) == aligned(ALIGN) == ALIGN
 
 
 @pytest.mark.parametrize(

@@ -265,6 +265,23 @@ def test_a_bound_call_gives_the_same_product(name, rng):
         assert torch.equal(call(x), unbound(x)) and torch.equal(call(x), unbound(x))
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_call_is_bound_to_its_own_gpu(rng):
+    """Asked for, the first time and later, while the other one is current, and while its own is."""
+    data, _ = weight(GGMLType.Q8_0, (64, 512), rng)
+    there, x = data.to("cuda:1"), numbers(rng, 2, 512)
+    want = multiply.linear(x, data, GGMLType.Q8_0, (64, 512))
+
+    def unbound(x: torch.Tensor) -> torch.Tensor:
+        return multiply.linear(x, there, GGMLType.Q8_0, (64, 512))
+
+    call = multiply.bind(there, GGMLType.Q8_0, (64, 512), None, unbound)
+    for current in (0, 0, 1, 1, 0):
+        with torch.cuda.device(current):
+            assert torch.equal(call(x.to("cuda:1")).to(want.device), want)
+
+
 def test_a_bound_call_refuses_what_it_is_told_to():
     data = torch.zeros(4 * 34, dtype=torch.uint8, device=DEVICE)
     call = multiply.bind(data, GGMLType.Q8_0, (4, 32), None, lambda x: None)

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ..sizes import size
+from ..sizes import aligned, size
 from .errors import GGUFError, shown
 from .header import DEFAULT_ALIGNMENT, LIMIT_TENSORS
 from .types import GGMLType, byte_size
@@ -189,4 +189,4 @@ def _text(value: str) -> bytes:
 
 
 def _padded(nbytes: int) -> int:
-    return -(-nbytes // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
+    return aligned(nbytes, DEFAULT_ALIGNMENT)

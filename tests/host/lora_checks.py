@@ -22,12 +22,13 @@ from pack.loaders.patch_at_use import LowRankAtUse
 from pack.lora.apply import ATTACHMENT, Applied, apply
 from pack.lora.read import AdapterFile, LoraError, read
 from pack.offload.adapters import Adapters, AdapterStream
-from pack.offload.attach import apply_block_swap, residency_of
+from pack.offload.attach import apply_block_swap
 from pack.offload.attach_adapters import BEYOND, STREAM
 from pack.offload.blocks import Block
 from pack.offload.costs import SwapRequest
 from pack.offload.device import device_for
 from pack.offload.plan import BudgetTooSmallError
+from pack.offload.streamed_patcher import residency_of
 from safetensors.torch import load_file, save_file
 
 LORA = FOLDER / "lora.safetensors"

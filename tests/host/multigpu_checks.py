@@ -21,10 +21,13 @@ from comfy_extras import nodes_multigpu  # isort: skip
 from comfy_extras.nodes_multigpu import MultiGPUCFGSplitNode, SelectCLIPDeviceNode, SelectModelDeviceNode  # isort: skip
 from host import encoder_files, stage_checks
 from host.model_checks import GGUF, ON_GPU, with_lora
+from host.patch_checks import CPU
 from host.swap_checks import BLOCKS, LESS, latent, plain_model
 from pack.loaders.diffusion import load_diffusion_model
-from pack.offload.attach import apply_block_swap, residency_of, stream
+from pack.loaders.patch_at_use import PatchAtUse
+from pack.offload.attach import apply_block_swap, stream
 from pack.offload.costs import SwapRequest
+from pack.offload.streamed_patcher import residency_of
 
 DEVICES = (
     [torch.device("cuda", 0), torch.device("cuda", 1)] if ON_GPU else [torch.device("cpu"), torch.device("cpu", 0)]
@@ -52,6 +55,7 @@ def two_calls(model: Any) -> torch.Tensor:
 
 
 def split(model: Any) -> Any:
+    comfy.model_management.cleanup_models_gc()  # as the executor does before a prompt: the node stumbles over the dead
     return MultiGPUCFGSplitNode.execute(model, 2).args[0]
 
 
@@ -118,6 +122,32 @@ def check_loras() -> None:
             assert torch.equal(two_calls(split(patched)), expected), (kind, strength)
             assert torch.equal(two_calls(with_lora(split(model), strength)), expected), (kind, strength)
         assert torch.equal(two_calls(model), plain), kind
+
+
+def check_a_device_keeps_its_loras_when_another_unloads() -> None:
+    for kind in ("streamed", "resident", "the host's"):
+        both = split(with_lora(KINDS[kind](), 1.0))
+        expected = two_calls(both)
+        mine, others = (functions_of(model) for model in (both, clone_of(both)))
+        assert len(mine) == len(others) > 0 and not {id(f) for f in mine} & {id(f) for f in others}, kind
+        # To the CPU nothing is copied, so another device stands for both there.
+        places = DEVICES if ON_GPU else [torch.device("meta")] * 2
+        for functions, place in zip((mine, others), places, strict=True):
+            for function in functions:
+                function.move_to(place)
+        kept = [function.factors(places[1]) for function in others]
+        assert all(function.move_to(CPU) == function.nbytes for function in mine), f"{kind}: too much"
+        both.detach()
+        assert all(f.factors(places[1]) is before for f, before in zip(others, kept, strict=True)), f"{kind}: copied"
+        assert torch.equal(two_calls(both), expected), kind
+        assert [id(f) for f in functions_of(clone_of(both))] == [id(f) for f in others], f"{kind}: made anew"
+        nothing_left(both)
+
+
+def functions_of(model: Any) -> list[PatchAtUse]:
+    """What patches the loaded layers of a model at use."""
+    layers = model.model.diffusion_model.modules()
+    return [f for layer in layers for f in getattr(layer, "weight_function", ()) if isinstance(f, PatchAtUse)]
 
 
 def check_block_swap_after_the_split() -> None:

@@ -285,5 +285,19 @@ def check_weight_that_was_moved_twice_comes_home_without_a_copy() -> None:
     assert layer.weight is weight and layer.bias is bias
 
 
+def check_weight_that_is_there_stays_what_it_is() -> None:
+    """Whoever moves models does so outside of the executor's inference mode, too."""
+    ops, blocks = make_ops(torch.float32, None), torch.from_numpy(np.zeros((96, 2 * 34), np.uint8))
+    with torch.inference_mode():
+        layer = ops.Linear(64, 96)
+        layer.load_state_dict({"weight": quantized(blocks, GGMLType.Q8_0, (96, 64)), "bias": torch.zeros(96)})
+        layer.weight = torch.nn.Parameter(layer.weight.clone(), requires_grad=False)  # stands for one on the device
+    elsewhere = layer.weight
+    layer.to("cpu")
+    with torch.inference_mode():
+        assert layer.state_dict().keys() == {"weight", "bias"}
+    assert layer.weight is elsewhere
+
+
 if __name__ == "__main__":
     base.main(globals())

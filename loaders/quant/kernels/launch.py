@@ -184,4 +184,5 @@ def bind(
         run(source, out.data_ptr(), blocks)
         return out
 
-    return fast if kept.proves(variant, fast, first) else slow
+    with torch.cuda.device(index):  # else the slow way would prove itself
+        return fast if kept.proves(variant, fast, first) else slow

@@ -106,6 +106,16 @@ def cut_off(x):
 
 
 @triton.jit
+def as_bfloat16(x, TERMS: tl.constexpr):
+    """A run of float32 as the sum of so many bfloat16: a pair of words for each."""
+    terms = ()
+    for _ in tl.static_range(TERMS):
+        term, x = cut_off(x)
+        terms += term
+    return terms
+
+
+@triton.jit
 def run_of_x(raw, RUN: tl.constexpr):
     """A run as (0, 2) and (1, 3) in pairs of bfloat16: one such pair of words for each bfloat16 that an element takes,
     two of float16, three of float32."""
@@ -120,10 +130,7 @@ def run_of_x(raw, RUN: tl.constexpr):
             raw[4 * RUN + 2].to(tl.float32),
             raw[4 * RUN + 3].to(tl.float32),
         )
-        terms = ()
-        for _ in tl.static_range(2 if raw[0].dtype == tl.float16 else 3):
-            term, x = cut_off(x)
-            terms += term
+        terms = as_bfloat16(x, 2 if raw[0].dtype == tl.float16 else 3)
     return terms
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .matrix import both, cut_off, load_x, mma
+from .matrix import as_bfloat16, both, load_x, mma
 
 
 @triton.jit
@@ -86,10 +86,7 @@ def run_of_x(raw, RUN: tl.constexpr, UP: tl.constexpr, EMULATE: tl.constexpr):
             raw[4 * RUN + 2].to(tl.float32) * BY,
             raw[4 * RUN + 3].to(tl.float32) * BY,
         )
-        terms = ()
-        for _ in tl.static_range(2 if raw[0].dtype == tl.float16 else 3):
-            term, x = cut_off(x)
-            terms += term
+        terms = as_bfloat16(x, 2 if raw[0].dtype == tl.float16 else 3)
     return terms
 
 
