@@ -3,6 +3,7 @@
 
     python dev.py demo              set up what is missing, draw pictures with GGUF models in a real ComfyUI
     python dev.py test [-- ARGS]    set up what is missing, then lint, types and tests; ARGS go to pytest
+    python dev.py gpu [-- OPTIONS]  what only an NVIDIA GPU can show, side by side; `-- --help` says what else
     python dev.py setup             only the set-up, for every ComfyUI version that the tests use
     python dev.py where             one line of JSON: the interpreter and the ComfyUI folder
     python dev.py comfy [-- ARGS]   start ComfyUI with the pack and the demo models; ARGS go to its main.py
@@ -25,7 +26,7 @@ from collections.abc import Callable
 if sys.version_info < (3, 10):  # noqa: UP036  (whatever `python` is on this machine runs this file)
     sys.exit(f"Python 3.10 or newer is needed; this is {sys.version.split()[0]} at {sys.executable}")
 
-from tools import checks, demo, host
+from tools import checks, demo, gpu_checks, host
 from tools.server import PromptFailed, ServerError, server_command
 from tools.steps import SetupError
 from tools.versions import HOSTS
@@ -38,6 +39,10 @@ def run_demo(args: argparse.Namespace) -> int:
 
 def run_test(args: argparse.Namespace) -> int:
     return checks.run(_host(args, "run", "test", versions=HOSTS), args.rest)
+
+
+def run_gpu(args: argparse.Namespace) -> int:
+    return gpu_checks.run(_host(args, "run"), args.rest)
 
 
 def run_setup(args: argparse.Namespace) -> int:
@@ -65,7 +70,9 @@ def run_bench(args: argparse.Namespace) -> int:
         print(f"benchmarks: {', '.join(names) or 'none yet'}", file=sys.stderr)
         return 0 if args.name is None else 2
     found = _host(args, "run")
-    return subprocess.call(found.command(host.ROOT / "benchmarks" / f"{args.name}.py", *args.rest), env=found.env())
+    folder = host.ROOT / "benchmarks"
+    env = found.env((found.comfyui, folder))  # also for the processes that they start; some take parts of others
+    return subprocess.call(found.command(folder / f"{args.name}.py", *args.rest), env=env)
 
 
 def run_convert(args: argparse.Namespace) -> int:
@@ -94,6 +101,7 @@ def run_screenshots(args: argparse.Namespace) -> int:
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "demo": run_demo,
     "test": run_test,
+    "gpu": run_gpu,
     "setup": run_setup,
     "where": run_where,
     "comfy": run_comfy,

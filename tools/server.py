@@ -7,14 +7,10 @@ ends with the `with` block, also on Ctrl-C.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
-import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.parse
@@ -22,6 +18,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from . import process_groups
 from .host import ROOT, Host
 
 PACK_NAME = "ComfyUI-Sluice"
@@ -72,8 +69,9 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         command = server_command(self.host, self.base, "--port", str(port), "--disable-auto-launch", *self.args)
         with self.log_path.open("ab") as log:
-            streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, **_GROUP}
-            self.process = subprocess.Popen(command, env=self.host.env(), cwd=self.base, **streams)
+            streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            options = {**streams, **process_groups.GROUP}
+            self.process = subprocess.Popen(command, env=self.host.env(), cwd=self.base, **options)
         try:
             deadline = time.monotonic() + timeout
             while not self._answers():
@@ -89,7 +87,7 @@ class Server:
         """End the process group: politely, then not."""
         if self.process is None:
             return
-        for ask, patience in ((_terminate, 10), (_kill, 10)):
+        for ask, patience in ((process_groups.terminate, 10), (process_groups.kill, 10)):
             ask(self.process)
             try:
                 self.process.wait(patience)
@@ -227,27 +225,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-# A group of its own, so that ending it also ends what the server started, and Ctrl-C reaches it through us alone.
-if sys.platform == "win32":
-    _GROUP: dict[str, Any] = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
-
-    def _terminate(process: subprocess.Popen[bytes]) -> None:
-        process.send_signal(signal.CTRL_BREAK_EVENT)
-
-    def _kill(process: subprocess.Popen[bytes]) -> None:
-        subprocess.run(["taskkill", "/F", "/T", "/PID", str(process.pid)], capture_output=True)
-
-else:
-    _GROUP = {"start_new_session": True}
-
-    def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):  # the whole group has ended
-            os.killpg(process.pid, number)
-
-    def _terminate(process: subprocess.Popen[bytes]) -> None:
-        _signal(process, signal.SIGTERM)
-
-    def _kill(process: subprocess.Popen[bytes]) -> None:
-        _signal(process, signal.SIGKILL)

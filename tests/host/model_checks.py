@@ -1,9 +1,9 @@
 """Checks of a loaded GGUF model that need the host's own classes, run inside the host.
 
-`python model_checks.py FOLDER MODE`: FOLDER holds demo.gguf and demo.safetensors with the same numbers and
+`python model_checks.py FOLDER MODE [REGEX]`: FOLDER holds demo.gguf and demo.safetensors with the same numbers and
 lora.safetensors; MODE is `classic`, or `granted` / `refused` for the dynamic patcher with a stand-in for the one part
 that needs an NVIDIA driver, its allocator of device pages (see `dynamic_vram`); `gpu-classic` and `gpu-dynamic` are
-the two patchers as they are, on a GPU. Prints one JSON line for each check.
+the two patchers as they are, on a GPU. With REGEX only the checks that it finds run. Prints one JSON line for each.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import re
 import sys
 import time
 import traceback
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER, MODE = Path(sys.argv[1]), sys.argv[2]
+ONLY = re.compile("".join(sys.argv[3:4]))
 ON_GPU = MODE.startswith("gpu")
 # torch's attention, because the host's own measures free memory in the middle of a block, which cannot be traced.
 sys.argv = [
@@ -519,7 +521,7 @@ def main(checks: dict[str, Any]) -> None:
     elif MODE == "gpu-dynamic":
         real_dynamic_vram()
     for name, check in sorted(checks.items()):
-        if not name.startswith("check_"):
+        if not name.startswith("check_") or not ONLY.search(name.removeprefix("check_")):
             continue
         start = time.monotonic()
         try:

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
-from pack.tools.demo import DEMO
-from pack.tools.to_gguf import RECIPES, convert
+from host import demo_files
 from pack.tools.versions import HOSTS, MAIN_HOST
-from safetensors.numpy import save_file
 
 SCRIPTS = [Path(__file__).with_name(name) for name in ("model_checks.py", "patch_checks.py")]
 CHECKS = [
@@ -34,18 +29,7 @@ RUNS = [
 @pytest.fixture(scope="session")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model as Q4_0/Q5_1, the same numbers in float32, and its LoRA."""
-    folder = tmp_path_factory.mktemp("model")
-    convert(DEMO / "demo_mmdit.safetensors", folder / "demo.gguf", "sd3", RECIPES["Q4_0"])
-    reader = gguf.GGUFReader(folder / "demo.gguf")
-    dense = {}
-    for tensor in reader.tensors:
-        shape = tuple(int(n) for n in reversed(tensor.shape))
-        dense[tensor.name] = np.ascontiguousarray(
-            gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32).reshape(shape)
-        )
-    save_file(dense, folder / "demo.safetensors")
-    shutil.copy(DEMO / "demo_lora.safetensors", folder / "lora.safetensors")
-    return folder
+    return demo_files.write(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")
