@@ -29,6 +29,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import _children
+
 PACK = Path(__file__).resolve().parents[1]
 DEFAULT_CASES = ("bf16:native:1", "q8_0:sluice:0", "q4_k:sluice:0", "q8_0:sluice:1", "q4_k:sluice:1")
 LATENT_SIDES = (128, 32)  # an eighth of the picture's: 1024 and 256 pixels
@@ -238,6 +240,7 @@ def main() -> None:
     parser.add_argument("--free", type=float, default=0, help="GB of VRAM to leave; 0 leaves all")
     parser.add_argument("--role", choices=("worker", "make"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    _children.end_with_parent()
     if args.role == "make":
         return make_checkpoints(args.work, set(args.cases))
     if args.role == "worker":
@@ -287,7 +290,7 @@ def main() -> None:
 
 def run_self(arguments: list[str], check: bool = True) -> subprocess.CompletedProcess:
     command = [sys.executable, str(Path(__file__).resolve()), *arguments]
-    return subprocess.run(command, check=check, capture_output=not check, text=True)
+    return _children.run(command, check=check, capture_output=not check, text=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """LoRAs on a FLUX-shaped model on a GPU: time to the first step with one, cost of a step, VRAM; and others' beside.
 
     python benchmarks/lora_step.py --work DIR --out results/lora_step.json [--quick] [CASE ...]
+    python benchmarks/lora_step.py --work DIR --out ... q8_0:sluice --adapters 128x1:auto 64x4:auto   (RANKxCOUNT:WAY)
 
 A case is FILE:LOADER: q4_k:sluice (this pack), bf16:native (core's loader and core's LoRAs), q4_k:NODE@FOLDER (the
 loader node of the pack in FOLDER, with core's LoRAs, which is how such packs are used).
@@ -70,7 +71,13 @@ def write_adapter(path: Path, weights: dict[str, tuple[int, int]], rank: int) ->
     save_file(tensors, path)
 
 
-def worker(named: str, folder: Path, quick: bool) -> dict:
+def adapters_of(words: list[str]) -> list[tuple[int, int, str]]:
+    """What `--adapters` names, as in `CASES`."""
+    return [(int(rank), int(count), way) for rank, count, way in (word.replace(":", "x").split("x") for word in words)]
+
+
+def worker(named: str, folder: Path, out: Path, quick: bool, wanted: list[tuple[int, int, str]]) -> None:
+    """Run one case; what is known is written after every adapter, for whoever ends this early."""
     flux_step.start_host(dynamic=False)
     flux_step.STEPS = 5
     import comfy.sample
@@ -112,8 +119,8 @@ def worker(named: str, folder: Path, quick: bool) -> dict:
     small = sample(model, 32)
     first, step, _ = sample(model)
     result["without"] = {"first_s": first, "step_ms": step, "small_step_ms": sample(model, 32)[1], "cold": small[1]}
-    reference = None
-    for rank, count, way in (CASES if ours else THEIR_CASES)[: QUICK if quick else None]:
+    reference, cases = None, (CASES if ours else THEIR_CASES)[: QUICK if quick else None]
+    for rank, count, way in wanted or cases:
         before_first, before_step, _ = sample(model)
         _, before_small, _ = sample(model, 32)
         torch.cuda.reset_peak_memory_stats()
@@ -142,10 +149,11 @@ def worker(named: str, folder: Path, quick: bool) -> dict:
         sample(model, 32)
         case["vram_after_mb"] = (torch.cuda.memory_allocated() - before_memory) / 1e6
         result["cases"].append(case)
+        out.write_text(json.dumps(result), encoding="utf-8")
         print(named, json.dumps(case), flush=True)
-    if ours and not quick:
+    if ours and not quick and not wanted:
         result["alone"] = alone(pack, model, weights)
-    return result
+        out.write_text(json.dumps(result), encoding="utf-8")
 
 
 def alone(pack: str, model: Any, weights: dict[str, tuple[int, int]]) -> list[dict]:
@@ -216,12 +224,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("cases", nargs="*", default=DEFAULT_CASES)
     parser.add_argument("--quick", action="store_true", help="the first cases only")
+    parser.add_argument("--adapters", nargs="+", default=[], metavar="RANKxCOUNT:WAY", help="these, not the usual ones")
     parser.add_argument("--role", choices=("worker",), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.role:
-        result = worker(args.cases[0], args.work, args.quick)
-        args.out.write_text(json.dumps(result), encoding="utf-8")
-        return
+        return worker(args.cases[0], args.work, args.out, args.quick, adapters_of(args.adapters))
     args.work.mkdir(parents=True, exist_ok=True)
     kinds = {case.partition(":")[0] for case in args.cases}
     missing = [kind for kind in kinds if not flux_step.checkpoint(args.work, kind).exists()]
@@ -232,7 +239,8 @@ def main() -> None:
         answer = args.work / "answer.json"
         answer.unlink(missing_ok=True)
         command = [sys.executable, str(HERE), "--role", "worker", "--work", str(args.work), "--out", str(answer)]
-        subprocess.run([*command, *(["--quick"] if args.quick else []), case], check=False)
+        options = [*(["--quick"] if args.quick else []), *(["--adapters", *args.adapters] if args.adapters else [])]
+        subprocess.run([*command, case, *options], check=False)
         if answer.exists():
             report["results"][case] = json.loads(answer.read_text(encoding="utf-8"))
         args.out.write_text(json.dumps(report, indent=1), encoding="utf-8")
