@@ -9,8 +9,8 @@ take turns (A B A B), and each measures 1024 x 1024 and 256 x 256 pixels. VRAM i
 torch.
 
 The checkpoints (11.9 B parameters, FLUX.1-dev's shapes) are written to DIR when they are missing: 26 GB of RAM and
-up to 57 GB of disk. Their values are random with finite scales; the GGUF files are not the bf16 weights quantised,
-which no timing depends on. PYTHONPATH must hold ComfyUI and its packages; `dev.py bench` sees to that.
+up to 57 GB of disk. The GGUF files are the bf16 file quantised (`_flux_files.py`). PYTHONPATH must hold ComfyUI and its
+packages; `dev.py bench` sees to that.
 """
 
 from __future__ import annotations
@@ -38,55 +38,11 @@ STEPS = 8
 
 
 def make_checkpoints(folder: Path, kinds: set[str]) -> None:
-    """Write what is missing of the FLUX-shaped checkpoints. Runs in a process of its own, on the GPU."""
+    """Write what is missing of the FLUX-shaped checkpoints. In a process of its own, with a GPU if there is one."""
     sys.argv = sys.argv[:1]
-    import comfy.ops
-    import gguf
-    import numpy as np
-    import torch
-    from comfy.ldm.flux.model import Flux
-    from safetensors.torch import save_file
+    import _flux_files
 
-    with torch.device("meta"):
-        network = Flux(
-            image_model="flux", in_channels=16, out_channels=16, patch_size=2, vec_in_dim=768, context_in_dim=4096,
-            hidden_size=3072, mlp_ratio=4.0, num_heads=24, depth=19, depth_single_blocks=38, axes_dim=[16, 56, 56],
-            theta=10000, txt_ids_dims=[], qkv_bias=True, guidance_embed=True, dtype=torch.bfloat16,
-            operations=comfy.ops.disable_weight_init,
-        )  # fmt: skip
-    torch.manual_seed(0)
-
-    def values(shape: torch.Size) -> torch.Tensor:
-        if len(shape) < 2:
-            return torch.full(shape, 0.5, dtype=torch.bfloat16)
-        return (torch.randn(shape, device="cuda", dtype=torch.bfloat16) * (0.6 / shape[-1] ** 0.5)).cpu()
-
-    weights = {key: values(meta.shape) for key, meta in network.state_dict().items()}
-    if "bf16" in kinds:
-        save_file(weights, folder / "flux_bf16.safetensors")
-    if "fp8" in kinds:
-        save_file(
-            {k: w.to(torch.float8_e4m3fn) if w.dim() == 2 else w for k, w in weights.items()},
-            folder / "flux_fp8.safetensors",
-        )
-    scale = np.full(1, 0.0004, np.float16).view(np.uint8)
-    for name, scales in (("Q8_0", 1), ("Q4_K", 2)):
-        if name.lower() not in kinds:
-            continue
-        kind = gguf.GGMLQuantizationType[name]
-        elements, size = gguf.GGML_QUANT_SIZES[kind]
-        writer, rng = gguf.GGUFWriter(str(folder / f"flux_{name.lower()}.gguf"), "flux"), np.random.default_rng(0)
-        for key, weight in weights.items():
-            if weight.dim() == 2 and weight.numel() >= 65536 and weight.shape[-1] % elements == 0:
-                blocks = rng.integers(0, 256, (weight.numel() // elements, size), dtype=np.uint8)
-                blocks[:, : 2 * scales] = np.tile(scale, scales)  # d, and dmin where the type has one
-                writer.add_tensor(key, blocks.reshape(weight.shape[0], -1), raw_dtype=kind)
-            else:
-                writer.add_tensor(key, weight.float().numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+    _flux_files.write(folder, kinds)
 
 
 def checkpoint(folder: Path, kind: str) -> Path:
