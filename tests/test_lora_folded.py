@@ -10,7 +10,7 @@ import pytest
 import torch
 from block_bytes import random_blocks
 from pack.loaders.gguf.types import BLOCKS, QUANTISED, GGMLType
-from pack.loaders.quant import reference
+from pack.loaders.quant import dispatch, reference
 
 pytest.importorskip("triton", reason="Triton is not installed: its wheels are for Linux")
 from test_kernels import DEVICE
@@ -19,6 +19,7 @@ with pytest.MonkeyPatch.context() as patch:
     # What @triton.jit makes of a kernel is decided when the kernel's module is imported.
     if DEVICE.type == "cpu":
         patch.setenv("TRITON_INTERPRET", "1")
+    from pack.loaders.quant import kernels
     from pack.loaders.quant.kernels import folded
 
 DTYPES = [torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
@@ -132,3 +133,35 @@ def test_bound_gives_the_same_bits() -> None:
         assert torch.equal(call(), expected)
         products[0][1].zero_()  # it uses the tensors and no copies of them
         assert not torch.equal(call(), expected)
+
+
+def test_ranks_that_are_too_large_for_a_gpu_are_given_up_and_no_others(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One with little shared memory cannot compile the kernel for them."""
+    rows, columns, kind, own = 16, 512, DEVICE.type, folded.dequantize_rows
+    monkeypatch.setitem(dispatch._chosen, kind, (kernels, "triton"))
+    monkeypatch.setattr(dispatch, "_too_large", {})
+
+    def with_little_memory(data: torch.Tensor, ggml_type: GGMLType, shape: tuple, products: list) -> torch.Tensor:
+        if max(len(a) for _, a, _ in products) > 16:
+            raise RuntimeError("out of resource: shared memory")
+        return own(data, ggml_type, shape, products)
+
+    monkeypatch.setattr(folded, "dequantize_rows", with_little_memory)
+    data = weight(GGMLType.Q4_K, rows, columns).to(DEVICE)
+
+    def made(rank: int) -> torch.Tensor | None:
+        a, b = torch.zeros(rank, columns, device=DEVICE).half(), torch.zeros(rows, rank, device=DEVICE).half()
+        return dispatch.dequantize_with_products(data, GGMLType.Q4_K, (rows, columns), [(slice(0, rows), a, b)])
+
+    def served(ggml_type: GGMLType = GGMLType.Q4_K) -> list[bool]:
+        return [dispatch.adds_products(kind, ggml_type, (rows, columns), torch.float16, r) for r in (16, 32, 64, 128)]
+
+    assert served() == [True] * 4
+    assert made(64) is None and "from rank 64 on" in caplog.text and "shared memory" in caplog.text
+    assert served() == [True, True, False, False]
+    assert made(32) is None and made(16) is not None
+    assert served() == [True, False, False, False]
+    assert len(caplog.records) == 2 and made(128) is None, "told again"
+    assert served(GGMLType.Q6_K) == [True] * 4

@@ -34,7 +34,7 @@ TRITON_DEVICES = frozenset({"cuda", "xpu"})  # ROCm calls itself cuda
 
 _chosen: dict[str, tuple[ModuleType | None, str]] = {}  # kind of device -> kernels or None, and the reason for it
 _failures: dict[tuple[str, GGMLType], str] = {}  # kind of device and type whose kernel does not work -> why
-_without_products: dict[tuple[str, GGMLType], str] = {}  # the same for the kernel that adds LoRAs
+_too_large: dict[tuple[str, GGMLType], int] = {}  # the least rank for which the kernel that adds LoRAs does not work
 
 
 def _choose(kind: str) -> tuple[ModuleType | None, str]:
@@ -174,11 +174,12 @@ def bind_with_products(
 
 def adds_products(kind: str, ggml_type: GGMLType, shape: Sequence[int], dtype: torch.dtype, rank: int) -> bool:
     """Whether `dequantize_with_products` has a kernel for such weights and products of that rank at most."""
-    if _kernels(kind, ggml_type) is None or (kind, ggml_type) in _without_products:
+    if _kernels(kind, ggml_type) is None:
         return False
     from .kernels import folded  # needs Triton, as the kernels do
 
-    return folded.fits(ggml_type, shape, dtype) and rank <= folded.MAX_RANK
+    most = min(folded.MAX_RANK, _too_large.get((kind, ggml_type), folded.MAX_RANK + 1) - 1)
+    return rank <= most and folded.fits(ggml_type, shape, dtype)
 
 
 def _with_products(
@@ -194,11 +195,14 @@ def _with_products(
     except _NOT_THE_KERNELS:
         raise
     except Exception as error:  # too large for this GPU, say; the weight is made without it then
-        _without_products[kind, ggml_type] = f"{type(error).__name__}: {error}"
+        _too_large[kind, ggml_type] = rank
         log.warning(
-            "the kernel that adds LoRAs to %s weights does not work on %s, torch adds them more slowly: %s",
+            "the kernel that adds LoRAs to %s weights does not work on %s from rank %d on, torch adds them more "
+            "slowly: %s: %s",
             ggml_type.name,
             data.device,
+            rank,
+            type(error).__name__,
             error,
         )
         return None
