@@ -38,10 +38,10 @@ def said(check: str, failure: str = "") -> str:
 def test_every_check_of_every_script_is_in_one_part_of_each_mode(tmp_path: Path) -> None:
     parts = list(gpu_checks.parts(HOST, tmp_path, gpu_checks.MODES, 2))
     assert len({part.name for part in parts}) == len(parts)
-    for path in gpu_checks.scripts():
-        checks = sorted(re.findall(r"^def check_(\w+)", path.read_text(encoding="utf-8"), re.MULTILINE))
-        assert checks, path
-        for mode in gpu_checks.MODES:
+    for mode in gpu_checks.MODES:
+        for path in gpu_checks.scripts(mode):
+            checks = sorted(re.findall(r"^def check_(\w+)", path.read_text(encoding="utf-8"), re.MULTILINE))
+            assert checks, path
             mine = [part for part in parts if f"{path.stem} {mode}" == " ".join(part.name.split()[:2])]
             assert sorted(check for part in mine for check in part.checks) == checks
             for part in mine:
@@ -50,7 +50,9 @@ def test_every_check_of_every_script_is_in_one_part_of_each_mode(tmp_path: Path)
 
 
 def test_scripts_are_those_with_a_mode_for_the_gpu() -> None:
-    names = {path.stem for path in gpu_checks.scripts()}
+    names, dynamic = ({path.stem for path in gpu_checks.scripts(mode)} for mode in gpu_checks.MODES)
+    assert {path.stem for path in gpu_checks.scripts("classic")} == names
+    assert names - dynamic == {"stage_checks", "release_checks"}
     assert {"model_checks", "patch_checks", "lora_checks", "swap_life_checks", "unified_checks"} <= names
     assert {"multigpu_checks"} == names & set(gpu_checks.TWO_GPUS) == set(gpu_checks.TWO_GPUS)
     assert not names & {"clip_checks", "mmproj_checks", "save_checks"}
@@ -71,7 +73,7 @@ def test_every_test_file_that_knows_the_gpu_is_run(tmp_path: Path) -> None:
 
 
 def test_known_durations_are_of_checks_that_exist() -> None:
-    texts = [path.read_text(encoding="utf-8") for path in gpu_checks.scripts()]
+    texts = [path.read_text(encoding="utf-8") for path in gpu_checks.scripts("gpu-classic")]
     assert not [check for check in gpu_checks.CHECKS if not any(f"def check_{check}(" in text for text in texts)]
     assert not [name for name in gpu_checks.TEST_FILES if not (gpu_checks.TESTS / name).exists()]
 

@@ -69,8 +69,8 @@ def parts(host: Host, folder: Path, modes: Sequence[str], gpus: int) -> Iterator
                 for index in range(count):
                     tests = (str(host.python), share, str(index), str(count), *which)
                     yield _part(f"{path.stem} {words}".strip(), index, count, tests, seconds / count)
-    for script in scripts():
-        for mode in modes:
+    for mode in modes:
+        for script in scripts(mode):
             if script.stem in TWO_GPUS and gpus < 2 and mode.startswith("gpu"):
                 continue
             shares = shared_out(re.findall(r"^def check_(\w+)", script.read_text(encoding="utf-8"), re.MULTILINE))
@@ -80,13 +80,12 @@ def parts(host: Host, folder: Path, modes: Sequence[str], gpus: int) -> Iterator
                 yield _part(f"{script.stem} {mode}", index, len(shares), command, seconds, checks, folder)
 
 
-def scripts() -> list[Path]:
-    """The scripts of checks that pytest would run in a mode for the GPU."""
+def scripts(mode: str) -> list[Path]:
+    """The scripts of checks that pytest would run in a mode for the GPU; in another, those that have any for it."""
     texts = [path.read_text(encoding="utf-8") for path in sorted((TESTS / "host").glob("test_*.py"))]
-    with_modes = re.compile(r'"gpu-classic"|^from host\.test_model import .*\bRUNS\b', re.MULTILINE)
-    names = {
-        name: None for text in texts if with_modes.search(text) for name in re.findall(r'"(\w+_checks\.py)"', text)
-    }
+    word = mode if mode in MODES else "gpu-classic"
+    with_mode = re.compile(rf'"{word}"|^from host\.test_model import .*\bRUNS\b', re.MULTILINE)
+    names = {name: None for text in texts if with_mode.search(text) for name in re.findall(r'"(\w+_checks\.py)"', text)}
     return [TESTS / "host" / name for name in names]
 
 

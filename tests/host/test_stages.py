@@ -19,6 +19,7 @@ CHECKS = [
 RUNS = [
     *((version, "classic") for version in HOSTS),
     (MAIN_HOST, "granted"),
+    pytest.param(MAIN_HOST, "gpu-classic", marks=pytest.mark.cuda),
 ]
 
 
