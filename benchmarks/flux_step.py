@@ -114,7 +114,7 @@ def worker(path: Path, loader: str, dynamic: bool, free_gb: float) -> dict:
     for name, module in sys.modules.items():
         if name.endswith("loaders.quant.dispatch") and loader != "native":
             result["dequantisation"] = module.choices()
-        if name.endswith("offload.attach") and swap:
+        if name.endswith("offload.streamed_patcher") and swap:
             residency = module.residency_of(model)
             result["plan"], result["plans_made"] = str(residency.plan), residency.plans_made
             result["source"] = residency.choice.reason if residency.choice else "nothing streams"

@@ -60,8 +60,8 @@ class ArrivingPatcher(PatchingAtUse):
         slots = candidates(self.model, set(self.patches))
         if not slots or self.model_size() + BUFFERS * max(slot.nbytes for slot in slots) > budget:
             return
-        self._before_loading(device)
         try:
+            check_files(self.model)
             arrived = bring(slots, there, lambda slot: None, located, True, watched)
         except SourceError as error:
             check_files(self.model)

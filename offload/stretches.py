@@ -33,21 +33,22 @@ LOCKED = 8  # at once
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes `start` to `stop` of weight `number`."""
+    """Bytes `start` to `stop` of weight `number`, and where in the file they begin."""
 
     number: int
     start: int
     stop: int
+    offset: int
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Whole pages of a file from `start` to `stop`, and the parts of weights on them with their places in the file."""
+    """Whole pages of a file from `start` to `stop`, and the parts of weights on them."""
 
     file: StoredFile
     start: int
     stop: int
-    parts: list[tuple[Part, int]] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
 
 
 def cut(weights: Mapping[int, Weight]) -> list[Stretch]:
@@ -66,7 +67,7 @@ def cut(weights: Mapping[int, Weight]) -> list[Stretch]:
             while done < weight.nbytes:
                 stretch = own[bisect_right(starts, weight.offset + done) - 1]
                 end = min(stretch.stop - weight.offset, weight.nbytes)
-                stretch.parts.append((Part(number, done, end), weight.offset + done))
+                stretch.parts.append(Part(number, done, end, weight.offset + done))
                 done = end
         stretches.extend(own)
     return stretches
@@ -138,7 +139,7 @@ class Crossing:
 
     def _enqueue(self, stretch: Stretch) -> tuple[Event, int]:
         """Copy what is on the stretch; the event after that, and the bytes of the weights that are complete then."""
-        for part, _ in stretch.parts:
+        for part in stretch.parts:
             if part.number not in self._places:
                 self._places[part.number] = self._device.allocate(self._weights[part.number].nbytes)
         # The allocator may hand out memory that kernels enqueued earlier still use.
@@ -146,9 +147,9 @@ class Crossing:
         self._device.wait(self._copying, self._allocated)
         mapped, complete = self._mapped[stretch.file], 0
         with self._device.on(self._copying):
-            for part, offset in stretch.parts:
+            for part in stretch.parts:
                 place = self._places[part.number][part.start : part.stop]
-                self._device.copier(place, mapped.data[offset : offset + place.nbytes])()
+                self._device.copier(place, mapped.data[part.offset : part.offset + place.nbytes])()
                 self._left[part.number] -= place.nbytes
                 complete += 0 if self._left[part.number] else self._weights[part.number].nbytes
         done = self._device.new_event()

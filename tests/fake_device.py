@@ -9,6 +9,8 @@ worst or at a random one, so a missing edge between two streams shows as wrong b
 
 With `eager` the compute stream is the calling thread itself, as for modules that run on the CPU: it is never behind,
 and its waiting for an event makes the copies happen then.
+
+The driver's part, to lock memory, is a `NotingRegistrar`.
 """
 
 from __future__ import annotations
@@ -21,9 +23,31 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from pack.offload.errors import RefusedError
 from pack.offload.registration import NoRegistrar, Registrar
 
 POLICIES = ("late", "early", "random")
+
+
+class NotingRegistrar:
+    """Lets any memory be registered, up to a number of times, and knows what is."""
+
+    def __init__(self, most: int = 1 << 30, read_only: str | None = None) -> None:
+        self.registered: dict[int, tuple[int, bool]] = {}
+        self.asked = 0
+        self._most, self._read_only = most, read_only
+
+    def read_only_refusal(self) -> str | None:
+        return self._read_only
+
+    def register(self, address: int, nbytes: int, *, read_only: bool = False) -> None:
+        self.asked += 1
+        if self.asked > self._most:
+            raise RefusedError("the limit on locked memory is reached")
+        self.registered[address] = nbytes, read_only
+
+    def unregister(self, address: int) -> None:
+        del self.registered[address]
 
 
 @dataclass(eq=False)

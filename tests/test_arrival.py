@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_device import POLICIES, FakeDevice
+from fake_device import POLICIES, FakeDevice, NotingRegistrar
 from pack.loaders.read_ahead import Told
 from pack.offload import arrival, stretches
 from pack.offload.arrival import bring
@@ -18,7 +18,7 @@ from pack.offload.files import StoredFile, Weight
 from pack.offload.slots import Slot
 from test_cancelled_source import Cancelled, Canceller
 from test_slots import parameter
-from test_source import PAGE, NotingRegistrar, nothing_is_left  # noqa: F401  (a fixture)
+from test_source import PAGE, nothing_is_left  # noqa: F401  (a fixture)
 
 SEEDS = range(8)
 
@@ -155,10 +155,10 @@ def test_a_stretch_holds_every_byte_of_the_weights_on_it_once(tmp_path: Path, se
     seen: dict[int, list[tuple[int, int]]] = {number: [] for number in in_files}
     for stretch in stretches.cut(in_files):
         assert stretch.start % PAGE == 0 and 0 < stretch.stop - stretch.start <= stretches.STRETCH_BYTES
-        for part, offset in stretch.parts:
+        for part in stretch.parts:
             weight = in_files[part.number]
-            assert weight.file == stretch.file and offset == weight.offset + part.start
-            assert stretch.start <= offset and offset + part.stop - part.start <= stretch.stop
+            assert weight.file == stretch.file and part.offset == weight.offset + part.start
+            assert stretch.start <= part.offset and part.offset + part.stop - part.start <= stretch.stop
             seen[part.number].append((part.start, part.stop))
     for number, parts in seen.items():
         ends = [0, *(stop for _, stop in parts)]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_device import NotingRegistrar
 from pack.loaders.read_ahead import Told
 from pack.offload.arrival import bring
 from pack.offload.device import HostDevice
@@ -19,7 +20,6 @@ from test_slots import parameter
 from test_source import (  # noqa: F401  (fixtures)
     PAGE,
     PLENTY,
-    NotingRegistrar,
     Stored,
     device,
     nothing_is_left,

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from fake_device import NotingRegistrar
 from pack.offload import disk, host_memory, page_cache, source
 from pack.offload.device import HostDevice
 from pack.offload.errors import RefusedError, SourceError, StreamError
@@ -22,27 +23,6 @@ from pack.offload.source import LADDER, Choice, choose
 
 PAGE = mmap.PAGESIZE
 PLENTY = 1 << 30
-
-
-class NotingRegistrar:
-    """Lets any memory be registered, up to a number of times, and knows what is."""
-
-    def __init__(self, most: int = 1 << 30, read_only: str | None = None) -> None:
-        self.registered: dict[int, tuple[int, bool]] = {}
-        self.asked = 0
-        self._most, self._read_only = most, read_only
-
-    def read_only_refusal(self) -> str | None:
-        return self._read_only
-
-    def register(self, address: int, nbytes: int, *, read_only: bool = False) -> None:
-        self.asked += 1
-        if self.asked > self._most:
-            raise RefusedError("the limit on locked memory is reached")
-        self.registered[address] = nbytes, read_only
-
-    def unregister(self, address: int) -> None:
-        del self.registered[address]
 
 
 def device_with(registrar: NotingRegistrar | NoRegistrar) -> HostDevice:

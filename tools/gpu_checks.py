@@ -73,7 +73,7 @@ def parts(host: Host, folder: Path, modes: Sequence[str], gpus: int) -> Iterator
         for script in scripts(mode):
             if script.stem in TWO_GPUS and gpus < 2 and mode.startswith("gpu"):
                 continue
-            shares = shared_out(re.findall(r"^def check_(\w+)", script.read_text(encoding="utf-8"), re.MULTILINE))
+            shares = shared_out(checks_of(script))
             for index, checks in enumerate(shares):
                 command = tuple(host.command(script, "{folder}", mode, f"^(?:{'|'.join(checks)})$"))
                 seconds = sum(map(_seconds, checks))
@@ -84,9 +84,15 @@ def scripts(mode: str) -> list[Path]:
     """The scripts of checks that pytest would run in a mode for the GPU; in another, those that have any for it."""
     texts = [path.read_text(encoding="utf-8") for path in sorted((TESTS / "host").glob("test_*.py"))]
     word = mode if mode in MODES else "gpu-classic"
-    with_mode = re.compile(rf'"{word}"|^from host\.test_model import .*\bRUNS\b', re.MULTILINE)
+    # In words, or among those that tests/host/check_scripts.py has for several of them.
+    with_mode = re.compile(rf'"{word}"|^from host\.check_scripts import .*RUNS\b', re.MULTILINE)
     names = {name: None for text in texts if with_mode.search(text) for name in re.findall(r'"(\w+_checks\.py)"', text)}
     return [TESTS / "host" / name for name in names]
+
+
+def checks_of(script: Path) -> list[str]:
+    """The names of a script's checks."""
+    return re.findall(r"^def check_(\w+)", script.read_text(encoding="utf-8"), re.MULTILINE)
 
 
 def shared_out(checks: Sequence[str]) -> list[tuple[str, ...]]:

@@ -15,6 +15,7 @@ from host import model_checks as base  # switches the host to the mode that the 
 
 import comfy.model_management  # isort: skip
 import torch  # isort: skip
+from fake_device import NotingRegistrar
 from host import encoder_files, patch_checks, stage_checks
 from host.model_checks import CPU, GGUF, MODE, ON_GPU, latent, weights, with_lora
 from host.unified_checks import unload
@@ -31,25 +32,7 @@ from pack.offload.release import release
 Interrupt = comfy.model_management.InterruptProcessingException
 
 
-class Notes:
-    """Locks nothing, and knows what is locked."""
-
-    def __init__(self) -> None:
-        self.locked: set[int] = set()
-        self.times = 0
-
-    def read_only_refusal(self) -> None:
-        return None
-
-    def register(self, address: int, nbytes: int, *, read_only: bool = False) -> None:
-        self.locked.add(address)
-        self.times += 1
-
-    def unregister(self, address: int) -> None:
-        self.locked.remove(address)
-
-
-NOTES = Notes()
+NOTES = NotingRegistrar()
 
 
 def noting(device: torch.device) -> Any:
@@ -76,7 +59,7 @@ def arrivals() -> Iterator[list[set[int]]]:
         yield seen
     finally:
         arrival.copied, arrival.WORTH_LOCKING, attach_arrival.device_for = copied, worth, device_for
-    assert not NOTES.locked
+    assert not NOTES.registered
 
 
 def classic() -> Any:

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
+from host.check_scripts import CLASSIC_RUNS, checks_in
 from host.test_model import files, outcomes  # noqa: F401  (fixtures)
-from pack.tools.versions import HOSTS, MAIN_HOST
 
-SCRIPT = Path(__file__).with_name("arrival_checks.py")
-CHECKS = re.findall(r"^def check_(\w+)", SCRIPT.read_text(encoding="utf-8"), re.MULTILINE)
-RUNS = [
-    *((version, "classic") for version in HOSTS),
-    pytest.param(MAIN_HOST, "gpu-classic", marks=pytest.mark.cuda),
-    pytest.param(MAIN_HOST, "gpu-dynamic", marks=pytest.mark.cuda),
-]
+CHECKS = checks_in("arrival_checks.py")
 
 
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize(("version", "mode"), RUNS)
-def test_arrival(outcomes, version: str, mode: str, check: str) -> None:  # noqa: F811
-    failure = outcomes(SCRIPT, version, mode, check)
+@pytest.mark.parametrize(("script", "check"), CHECKS)
+@pytest.mark.parametrize(("version", "mode"), CLASSIC_RUNS)
+def test_arrival(outcomes, script: Path, version: str, mode: str, check: str) -> None:  # noqa: F811
+    failure = outcomes(script, version, mode, check)
     assert not failure, failure

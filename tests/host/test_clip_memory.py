@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
+from pack.tools.gpu_checks import checks_of
 from pack.tools.versions import HOSTS, MAIN_HOST
 
 SCRIPT = Path(__file__).with_name("clip_checks.py")
-CHECKS = re.findall(r"^def check_(\w+)", SCRIPT.read_text(encoding="utf-8"), re.MULTILINE)
+CHECKS = checks_of(SCRIPT)
 # The dynamic patcher of older hosts has other seams than the stand-in allocator covers.
 RUNS = [*((version, "classic") for version in HOSTS), (MAIN_HOST, "granted"), (MAIN_HOST, "refused")]
 

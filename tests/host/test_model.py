@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
 from host import demo_files
-from pack.tools.versions import HOSTS, MAIN_HOST
+from host.check_scripts import RUNS, checks_in
 
-SCRIPTS = [Path(__file__).with_name(name) for name in ("model_checks.py", "patch_checks.py")]
-CHECKS = [
-    pytest.param(script, check, id=check)
-    for script in SCRIPTS
-    for check in re.findall(r"^def check_(\w+)", script.read_text(encoding="utf-8"), re.MULTILINE)
-]
-# The dynamic patcher of older hosts has other seams than the stand-in allocator covers.
-RUNS = [
-    *((version, "classic") for version in HOSTS),
-    (MAIN_HOST, "granted"),
-    (MAIN_HOST, "refused"),
-    pytest.param(MAIN_HOST, "gpu-classic", marks=pytest.mark.cuda),
-    pytest.param(MAIN_HOST, "gpu-dynamic", marks=pytest.mark.cuda),
-]
+CHECKS = checks_in("model_checks.py", "patch_checks.py")
 
 
 @pytest.fixture(scope="session")

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 import torch
+from host.check_scripts import GPU_RUNS, checks_in
 from host.test_model import files, outcomes  # noqa: F401  (fixtures)
 from pack.tools.versions import MAIN_HOST
 
-SCRIPT = Path(__file__).with_name("multigpu_checks.py")
-CHECKS = re.findall(r"^def check_(\w+)", SCRIPT.read_text(encoding="utf-8"), re.MULTILINE)
-RUNS = [
-    *((version, "classic") for version in ("0.24.0", MAIN_HOST)),  # older ones have no such nodes
-    pytest.param(MAIN_HOST, "gpu-classic", marks=pytest.mark.cuda),
-    pytest.param(MAIN_HOST, "gpu-dynamic", marks=pytest.mark.cuda),
-]
+CHECKS = checks_in("multigpu_checks.py")
+RUNS = [*((version, "classic") for version in ("0.24.0", MAIN_HOST)), *GPU_RUNS]  # older ones have no such nodes
 
 
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize(("script", "check"), CHECKS)
 @pytest.mark.parametrize(("version", "mode"), RUNS)
-def test_multigpu(outcomes, version: str, mode: str, check: str) -> None:  # noqa: F811
+def test_multigpu(outcomes, script: Path, version: str, mode: str, check: str) -> None:  # noqa: F811
     if mode.startswith("gpu") and torch.cuda.device_count() < 2:
         pytest.skip("needs two NVIDIA GPUs")
-    failure = outcomes(SCRIPT, version, mode, check)
+    failure = outcomes(script, version, mode, check)
     assert not failure, failure

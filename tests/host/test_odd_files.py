@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
+from pack.tools.gpu_checks import checks_of
 
 SCRIPT = Path(__file__).with_name("odd_files.py")
-CHECKS = re.findall(r"^def check_(\w+)", SCRIPT.read_text(encoding="utf-8"), re.MULTILINE)
+CHECKS = checks_of(SCRIPT)
 
 
 @pytest.fixture(scope="session")

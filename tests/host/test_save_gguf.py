@@ -19,13 +19,14 @@ import gguf
 import pytest
 from pack.loaders.gguf.reader import GGUFFile
 from pack.tools import demo, host
+from pack.tools.gpu_checks import checks_of
 from pack.tools.server import PromptFailed, Server, Workflow
 from pack.tools.to_gguf import RECIPES, convert
 from pack.tools.versions import HOSTS
 from safetensors.torch import load_file, save_file
 
 SCRIPT = Path(__file__).with_name("save_checks.py")
-CHECKS = re.findall(r"^def check_(\w+)", SCRIPT.read_text(encoding="utf-8"), re.MULTILINE)
+CHECKS = checks_of(SCRIPT)
 SOURCE = demo.DEMO / "demo_mmdit.safetensors"
 
 

@@ -3,19 +3,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
+from host.check_scripts import checks_in
 from host.test_model import files, outcomes  # noqa: F401  (fixtures)
 from pack.tools.versions import HOSTS, MAIN_HOST
 
-SCRIPTS = [Path(__file__).parent / name for name in ("stage_checks.py", "release_checks.py")]
-CHECKS = [
-    pytest.param(script, check, id=check)
-    for script in SCRIPTS
-    for check in re.findall(r"^def check_(\w+)", script.read_text(encoding="utf-8"), re.MULTILINE)
-]
+CHECKS = checks_in("stage_checks.py", "release_checks.py")
 RUNS = [
     *((version, "classic") for version in HOSTS),
     (MAIN_HOST, "granted"),

@@ -7,30 +7,20 @@ failures), and for every architecture in `swap_architectures.py`; one process ru
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
+from host.check_scripts import CLASSIC_RUNS, checks_in
 from host.test_architectures import NAMES
 from host.test_model import files, outcomes  # noqa: F401  (fixtures)
-from pack.tools.versions import HOSTS, MAIN_HOST
+from pack.tools.versions import HOSTS
 
 HERE = Path(__file__).parent
-SCRIPTS = [HERE / name for name in ("swap_checks.py", "swap_patch_checks.py", "swap_life_checks.py")]
-CHECKS = [
-    pytest.param(script, check, id=check)
-    for script in SCRIPTS
-    for check in re.findall(r"^def check_(\w+)", script.read_text(encoding="utf-8"), re.MULTILINE)
-]
-RUNS = [
-    *((version, "classic") for version in HOSTS),
-    pytest.param(MAIN_HOST, "gpu-classic", marks=pytest.mark.cuda),
-    pytest.param(MAIN_HOST, "gpu-dynamic", marks=pytest.mark.cuda),
-]
+CHECKS = checks_in("swap_checks.py", "swap_patch_checks.py", "swap_life_checks.py")
 
 
 @pytest.mark.parametrize(("script", "check"), CHECKS)
-@pytest.mark.parametrize(("version", "mode"), RUNS)
+@pytest.mark.parametrize(("version", "mode"), CLASSIC_RUNS)
 def test_block_swap(outcomes, script: Path, version: str, mode: str, check: str) -> None:  # noqa: F811
     failure = outcomes(script, version, mode, check)
     assert not failure, failure
