@@ -111,6 +111,10 @@ class MappedLayer(torch.nn.Module):
         self._parameters[name] = self._away[name] = parameter
         self.forget_bound()
 
+    def cast_from(self) -> dict[str, torch.Tensor]:
+        """What the file has of the parameters of which the layer holds no more than a cast, by name."""
+        return {name: home.detach() for name, home in self._home.items() if _is_cast(self._parameters[name], home)}
+
     def forget_bound(self) -> None:
         """Let go of the calls that are bound to the weight."""
         self._bound = self._folded_weight = None
@@ -120,7 +124,8 @@ class MappedLayer(torch.nn.Module):
         at_home = home is not None and _same_memory(home, parameter)
         known = at_home or parameter is self._away.get(name)
         if home is not None and known:
-            probe = fn(torch.empty(0, dtype=parameter.dtype, device=parameter.device))
+            cast = name == "bias" and parameter.device != home.device  # on its way: `_as_used`
+            probe = fn(torch.empty(0, dtype=home.dtype if cast else parameter.dtype, device=parameter.device))
             if probe.device == home.device and probe.dtype == home.dtype:
                 self._away.pop(name, None)
                 return home
@@ -168,6 +173,12 @@ def _same_memory(home: torch.nn.Parameter, parameter: torch.nn.Parameter) -> boo
         return True
     ours, theirs = _bytes(home), _bytes(parameter)
     return ours.device == theirs.device and ours.dtype == theirs.dtype and ours.data_ptr() == theirs.data_ptr()
+
+
+def _is_cast(parameter: torch.nn.Parameter | None, home: torch.nn.Parameter) -> bool:
+    if parameter is None or parameter.dtype == home.dtype or home.is_meta or is_gguf(home):
+        return False
+    return torch.equal(parameter.detach().to(home.device), home.detach().to(parameter.dtype))
 
 
 def _same_row_major(given: tuple[int, ...], declared: tuple[int, ...]) -> bool:

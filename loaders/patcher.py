@@ -23,9 +23,11 @@ import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 
+from . import compat
 from .cold_weights import read_weights_ahead
 from .exchange import Loaded, exchange
 from .gguf.reader import GGUFFile
+from .ops import MappedLayer
 from .patch_at_use import PatchAtUse, joined, of_network, patch_at_use
 from .quant.layout import dense, is_gguf
 from .saving import LazyWeight
@@ -164,6 +166,14 @@ class PatchingAtUse(ModelPatcher):
         if "_sluice_loaded" not in self.model.__dict__:
             read_weights_ahead(self.model, device)
 
+    def pin_weight_to_device(self, key: str) -> None:
+        """The host locks what it leaves in RAM, and in the way in which it asks, NVIDIA's driver refuses the mapping of
+        a file, which is read-only: a warning in the log for each weight."""
+        weight = comfy.utils.get_attr(self.model, key)
+        mapped = compat.file_slice(weight._qdata if is_gguf(weight) else weight.detach()) is not None
+        if torch.version.hip or not mapped:
+            super().pin_weight_to_device(key)
+
     def partially_load(self, device_to: torch.device, *args: Any, **kwargs: Any) -> Any:
         loaded, current = self.model.__dict__.get("_sluice_loaded"), self.model.current_weight_patches_uuid
         if loaded is not None and current not in (None, self.patches_uuid):
@@ -237,7 +247,11 @@ class PatchingAtUse(ModelPatcher):
     def model_state_dict_for_saving(self, model: Any = None, prefix: str = "") -> dict:
         restore(self.model)
         check_files(self.model)
-        tensors = (self.model if model is None else model).state_dict()
+        network = self.model if model is None else model
+        tensors = network.state_dict()
+        for path, layer in network.named_modules():
+            if isinstance(layer, MappedLayer):  # else what is saved would depend on where the model ran before
+                tensors.update((f"{path}.{name}", home) for name, home in layer.cast_from().items())
         return {name: self._for_saving(prefix + name, tensor) for name, tensor in tensors.items()}
 
     def state_dict_for_saving(

@@ -27,6 +27,7 @@ from pack.loaders.patch_at_use import PatchAtUse
 from pack.loaders.patcher import PatchingAtUse
 from pack.loaders.quant.layout import quantized
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 WEIGHT = "diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"
@@ -168,6 +169,21 @@ def check_saved_model_is_dense_and_the_same() -> None:
     path.unlink()
 
 
+def check_saved_biases_are_the_files_wherever_the_model_ran() -> None:
+    patcher = load_diffusion_model(GGUF, disable_dynamic=True)
+    before = {name: tensor.clone() for name, tensor in patcher.model_state_dict_for_saving().items() if "bias" in name}
+    latent(patcher)
+    patched, cast = (patcher.model.get_submodule(WEIGHT.replace("qkv.weight", name)) for name in ("qkv", "proj"))
+    with torch.no_grad():
+        cast.bias = torch.nn.Parameter(cast.bias.to(torch.float16), requires_grad=False)  # as on a GPU
+        patched.bias = torch.nn.Parameter(patched.bias.to(torch.float16) + 1, requires_grad=False)
+    after = patcher.model_state_dict_for_saving()
+    changed = WEIGHT.replace("weight", "bias")
+    assert torch.equal(after[changed], patched.bias) and len(before) > 20
+    for name in before.keys() - {changed}:
+        assert after[name].dtype == before[name].dtype and torch.equal(after[name], before[name]), name
+
+
 def check_saving_makes_one_weight_at_a_time() -> None:
     patcher = with_lora(load_diffusion_model(GGUF))
     latent(patcher, steps=1)
@@ -283,6 +299,40 @@ def check_weight_that_was_moved_twice_comes_home_without_a_copy() -> None:
     assert layer.weight is not weight
     layer.to(torch.float32)
     assert layer.weight is weight and layer.bias is bias
+
+
+def check_bias_that_was_cast_on_its_way_comes_home_without_a_copy() -> None:
+    """On another device a bias is in the compute dtype; at home it is the file's, of another dtype or not."""
+    for stored in (torch.bfloat16, torch.float16, torch.float32):
+        with FakeTensorMode():  # tensors of any device, without their bytes
+            layer = make_ops(torch.float16, None).Linear(64, 96)
+            layer.load_state_dict({"weight": torch.ones(96, 64).half(), "bias": torch.ones(96, dtype=stored)})
+            weight, bias = layer.weight, layer.bias
+            for _ in range(2):
+                layer.to("cuda:0")
+                assert layer.bias.device.type == layer.weight.device.type == "cuda"
+                assert layer.bias.dtype is torch.float16
+            layer.to("cpu")
+        assert layer.weight is weight and layer.bias is bias, stored
+
+
+def check_mapped_weights_are_not_given_to_be_locked() -> None:
+    patcher = load_diffusion_model(GGUF, disable_dynamic=True)
+    asked, own = [], comfy.model_management.pin_memory
+
+    def asking(tensor: torch.Tensor) -> bool:
+        asked.append(tensor)
+        return own(tensor)
+
+    comfy.model_management.pin_memory = asking
+    try:
+        names = [WEIGHT, WEIGHT.replace("weight", "bias"), WEIGHT.replace("qkv", "ln_q")]
+        for name in names:
+            patcher.pin_weight_to_device(name)
+        patcher.unpin_all_weights()
+    finally:
+        comfy.model_management.pin_memory = own
+    assert len(asked) == 1 and asked[0] is patcher.model.get_parameter(names[2]), "a norm has memory of its own"
 
 
 def check_weight_that_is_there_stays_what_it_is() -> None:

@@ -17,7 +17,7 @@ from host import stage_checks as stages  # switches the host to the mode that th
 import comfy.model_management  # isort: skip
 import comfy.sd  # isort: skip
 import torch  # isort: skip
-from host.model_checks import FOLDER, GGUF, SAFETENSORS
+from host.model_checks import FOLDER, GGUF, ON_GPU, SAFETENSORS
 from host.stage_checks import (
     DIFFUSION,
     ENCODER,
@@ -86,16 +86,17 @@ def check_disposed_model_lets_go_of_its_file() -> None:
         path = FOLDER / f"disposed-{number}.gguf"
         shutil.copy(GGUF, path)
         model = kinds[kind](path)
+        mapped = not (ON_GPU and kind == "streamed")  # which lets go of a file whose weights are all on the GPU
         assert torch.equal(latent(model), expected)
         gc.collect()
-        assert maps_of(path)
+        assert bool(maps_of(path)) == mapped, number
         release("diffusion_model", "dispose")
         gc.collect()
         assert not maps_of(path), number
         release("all", "dispose")  # again, for nothing
         for _ in range(2):
             found = use(model)
-            assert maps_of(path), number
+            assert bool(maps_of(path)) == mapped, number
             assert not isinstance(found, torch.Tensor) or torch.equal(found, expected), number
         assert torch.equal(latent(model), expected), number
 
