@@ -11,7 +11,9 @@ the double and single blocks, bfloat16, 0.15 GB at rank 16. All cases of a check
 other, each between runs without any LoRA:
 
     select     seconds from choosing the LoRA (file in the page cache) to the end of the first step, beyond what a
-               first step takes without one; reading, mapping of names and moving to the GPU are in it
+               first step takes without one. Its parts: reading the file; finding the weights by name; the factors'
+               way to the GPU; and the first step, beyond one without, with the kernels that are started for the first
+               time in this process, which Triton compiles if it never has on this machine
     step       median of the later steps of 1024 x 1024 and 256 x 256 pixels, and relative to without
     vram       bytes allocated on the device while sampling beyond those without, and those of the adapters
 
@@ -97,7 +99,7 @@ def worker(named: str, folder: Path, out: Path, quick: bool, wanted: list[tuple[
     def sample(patcher: Any, side: int = 128) -> tuple[float, float, Any]:
         return flux_step.sample(comfy.sample, torch, patcher, side)
 
-    def with_adapters(rank: int, count: int, way: str) -> Any:
+    def with_adapters(rank: int, count: int, way: str, spent: dict[str, float]) -> Any:
         file, patcher = folder / f"lora_{rank}.safetensors", model
         if not ours:
             for _ in range(count):
@@ -105,8 +107,11 @@ def worker(named: str, folder: Path, out: Path, quick: bool, wanted: list[tuple[
                 patcher = comfy.sd.load_lora_for_models(patcher, None, read, 1.0, 0)[0]
             return patcher
         lora = importlib.import_module(f"{pack}lora.apply")
-        adapter = importlib.import_module(f"{pack}lora.read").read(file)
-        for _ in range(count):
+        read = importlib.import_module(f"{pack}lora.read").read
+        for _ in range(count):  # as of so many files
+            start = time.perf_counter()
+            adapter = read(file)
+            spent["read_s"] = spent.get("read_s", 0) + time.perf_counter() - start
             patcher = lora.apply(adapter, patcher, None, 1.0, 0, "merge" if way == "core" else way).model
         if way == "core":  # the same patches as a function that does not know that they are plain
             at_use = importlib.import_module(f"{pack}loaders.patch_at_use").PatchAtUse
@@ -114,6 +119,7 @@ def worker(named: str, folder: Path, out: Path, quick: bool, wanted: list[tuple[
                 patcher.weight_wrapper_patches[name] = [at_use(f.key, f.patches) for f in functions]
         return patcher
 
+    kept_kernels = importlib.import_module(f"{pack}loaders.quant.dispatch").kept_kernels if pack else lambda: 0
     result: dict[str, Any] = {"cases": []}
     sample(model)
     small = sample(model, 32)
@@ -126,13 +132,21 @@ def worker(named: str, folder: Path, out: Path, quick: bool, wanted: list[tuple[
         torch.cuda.reset_peak_memory_stats()
         before_memory = torch.cuda.memory_allocated()
         start = time.perf_counter()
-        patcher = with_adapters(rank, count, way)
+        spent: dict[str, float] = {}
+        patcher = with_adapters(rank, count, way, spent)
         applied_s = time.perf_counter() - start
+        comfy.model_management.load_models_gpu([patcher])
+        torch.cuda.synchronize()
+        loaded_s = time.perf_counter() - start
+        kernels = kept_kernels()
         first, step, image = sample(patcher)
         _, step2, image2 = sample(patcher)
         case = {
             **{"rank": rank, "count": count, "way": way, "applied_s": applied_s},
-            "select_s": applied_s + first - before_first,
+            "select_s": loaded_s + first - before_first,
+            **spent,
+            **{"names_s": applied_s - spent.get("read_s", 0), "to_gpu_s": loaded_s - applied_s},
+            **{"first_step_s": first - before_first, "new_kernels": kept_kernels() - kernels},
             "step_ms": [step, step2],
             "to_without": min(step, step2) / before_step,
             "small_step_ms": (small_step := sample(patcher, 32)[1]),

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import Any, BinaryIO, TypeGuard
@@ -96,23 +95,19 @@ def _are_sizes(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 48 for n in value)
 
 
-def read_into(file: BinaryIO, entry: Entry, out: torch.Tensor) -> None:
-    """Fill `out`, contiguous and of the entry's size in bytes, from the (unbuffered) file.
+def read_into(file: BinaryIO, entry: Entry, out: torch.Tensor, first: int = 0) -> None:
+    """Fill `out`, contiguous, from the (unbuffered) file with the entry's elements from `first` on.
 
     Raises:
         MalformedError: the file ends before the tensor does.
     """
-    if entry.nbytes == 0:
+    if out.nbytes == 0:
         return
     target = out.view(-1).view(torch.uint8).numpy().data
-    file.seek(entry.offset)
+    file.seek(entry.offset + first * entry.dtype.itemsize)
     done = 0
-    while done < entry.nbytes:
+    while done < out.nbytes:
         got = file.readinto(target[done:])  # type: ignore[attr-defined]
         if not got:
             raise MalformedError(f"the file ends within tensor {entry.name[:80]!r}")
         done += got
-
-
-def largest(entries: Iterable[Entry]) -> int:
-    return max((entry.nbytes for entry in entries), default=0)

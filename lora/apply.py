@@ -8,9 +8,11 @@ pictures little enough to go unnoticed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
 
 import comfy.lora
 import comfy.lora_convert
@@ -77,14 +79,14 @@ def apply(
     Raises:
         LoraError: nothing in the adapter matches, or it lacks one of a pair of tensors.
     """
-    maps = {
-        "model": comfy.lora.model_lora_keys_unet(model.model, {}) if model is not None else {},
-        "clip": comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}) if clip is not None else {},
+    networks = {
+        **({"model": _Network.of(model.model, comfy.lora.model_lora_keys_unet)} if model is not None else {}),
+        **({"clip": _Network.of(clip.cond_stage_model, comfy.lora.model_lora_keys_clip)} if clip is not None else {}),
     }
-    names = maps["model"] | maps["clip"]
+    names = {name: target for network in networks.values() for name, target in network.keys.items()}
     tensors = _Watched(keys.with_known_prefix(comfy.lora_convert.convert_lora(adapter.tensors), names.keys()))
     try:
-        patches = comfy.lora.load_lora(tensors, names, log_missing=False)
+        patches = comfy.lora.load_lora(tensors, keys.concerned(names, tensors), log_missing=False)
     except KeyError as error:
         raise LoraError(adapter.path, f"tensor {error} is missing", "it is incomplete, download it again") from error
     placed: set[Any] = set()
@@ -94,7 +96,7 @@ def apply(
     for part, (patcher, strength) in parts.items():
         if patcher is None:
             continue
-        shapes = {name: tuple(weight.shape) for name, weight in patcher.model.state_dict().items()}
+        shapes = networks[part].shapes
         own = {target: patch for target, patch in patches.items() if _weight_name(target) in shapes}
         fitting = {t: patch for t, patch in own.items() if fits(patch, t, shapes[_weight_name(t)])}
         placed |= fitting.keys()
@@ -109,6 +111,27 @@ def apply(
     if applied.warning:
         log.warning("%s: %s", adapter.path.name, applied.warning)
     return applied
+
+
+@dataclass(frozen=True)
+class _Network:
+    """What is asked of a network for every LoRA, found out once: it takes longer than all the rest of applying one."""
+
+    shapes: dict[str, tuple[int, ...]]
+    keys: dict[str, Any]  # the host's: names in adapters -> what they are patches of
+
+    @staticmethod
+    def of(network: torch.nn.Module, host_keys: Callable[[torch.nn.Module, dict], dict]) -> _Network:
+        # A state dict would wrap every quantised weight anew.
+        tensors = chain(network.named_parameters(remove_duplicate=False), network.named_buffers(remove_duplicate=False))
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors}
+        known = _known.get(network)
+        if known is None or known.shapes != shapes:
+            known = _known[network] = _Network(shapes, host_keys(network, {}))
+        return known
+
+
+_known: WeakKeyDictionary[torch.nn.Module, _Network] = WeakKeyDictionary()
 
 
 class _Watched(dict):

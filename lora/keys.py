@@ -12,6 +12,7 @@ models. What is left, and is here:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
@@ -36,7 +37,8 @@ ENDINGS = (
     *(".oft_blocks", ".rescale", ".diff", ".diff_b", ".set_weight", ".w_norm", ".b_norm"),
 )
 OF_THE_BIAS = (".diff_b", ".b_norm")
-_LONGEST_FIRST = sorted(ENDINGS, key=len, reverse=True)
+_JOINTS = re.compile("[._]")
+_ENDINGS = frozenset(ENDINGS)
 
 # How the text encoder's part of an adapter begins.
 TEXT_ENCODER_PREFIXES = ("lora_te", "lora_prior_te", "text_encoder", "text_model.", "base_model.model.text_model.")
@@ -71,8 +73,9 @@ def canonical(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def split(name: str) -> tuple[str, str]:
     """The name of a weight and what of its adapter the tensor is; that is empty where it is not known."""
-    ending = next((end for end in _LONGEST_FIRST if name.endswith(end)), "")
-    return name.removesuffix(ending), ending
+    starts = (joint.start() for joint in _JOINTS.finditer(name))
+    start = next((start for start in starts if name[start:] in _ENDINGS), len(name))
+    return name[:start], name[start:]
 
 
 def with_known_prefix(tensors: Mapping[str, Value], known: Collection[str]) -> dict[str, Value]:
@@ -90,6 +93,13 @@ def _with_prefix(stem: str, known: Collection[str]) -> str:
         if stem.startswith(prefix) and candidate in known:
             return candidate
     return stem
+
+
+def concerned(names: Mapping[str, Value], tensors: Collection[str]) -> dict[str, Value]:
+    """Those of ComfyUI's `names` that a tensor's name goes on from, with `.` or `_`: it looks for all that an adapter
+    may have of each, and knows a weight by a dozen names."""
+    stems = {name[: joint.start()] for name in tensors for joint in _JOINTS.finditer(name)}
+    return {name: target for name, target in names.items() if name in stems}
 
 
 def is_for_text_encoder(name: str) -> bool:

@@ -37,7 +37,7 @@ LAYERS = {
         *("nodes", "lora", "offload", *ATTACHING),
         *("loaders", *LEAVES, "loaders/safetensors_header", "loaders/quant", "loaders/gguf"),
     },
-    "lora": {"lora", "loaders/safetensors_header", "loaders/quant", "loaders/gguf"},
+    "lora": {"lora", *LEAVES, "loaders/safetensors_header", "loaders/quant", "loaders/gguf"},
     "offload": {"offload", *LEAVES},  # sees bytes and modules, never GGUF
     **{path: {"offload", *ATTACHING, "loaders", *LEAVES, "loaders/quant", "loaders/gguf"} for path in ATTACHING},
     "loaders": {"loaders", *LEAVES, "loaders/safetensors_header", "loaders/quant", "loaders/gguf"},

@@ -16,7 +16,7 @@ import torch
 from pack.loaders.gguf.errors import GGUFError
 from pack.loaders.gguf.types import GGMLType
 from pack.loaders.quant import reference
-from pack.loaders.safetensors_header import DTYPES
+from pack.loaders.safetensors_header import DTYPES, MalformedError
 from pack.lora import keys
 from pack.lora import read as reading
 from pack.lora.cache import AdapterCache, CacheState
@@ -58,6 +58,29 @@ def test_vectors_and_numbers_keep_their_precision(tmp_path: Path) -> None:
     found = read(tmp_path / "a.safetensors").tensors
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
     assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+
+
+def test_large_and_many_tensors_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "BATCH_BYTES", 10_000)  # so that every thread has some
+    generator = torch.Generator().manual_seed(2)
+    tensors = {f"{n}.wide": torch.randn(40, 37 * n, generator=generator) for n in range(1, 40)}
+    tensors |= {f"{n}.short": torch.randn(40, 37 * n, generator=generator).half() for n in range(1, 40)}
+    tensors["large"] = torch.randn(3, reading.STAGED, generator=generator)[:, :-1].contiguous()
+    save_file(tensors, tmp_path / "a.safetensors")
+    with torch.inference_mode():  # as nodes run
+        found = read(tmp_path / "a.safetensors").tensors
+    assert all(torch.equal(found[k], t.bfloat16() if t.dtype == torch.float32 else t) for k, t in tensors.items())
+    found["large"].add_(1)  # of no inference mode
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    one, other = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    for path in (one, other):
+        save_file({"t": torch.rand(8, 8)}, path)
+    with one.open("rb") as opened:
+        other.replace(one)
+        with pytest.raises(MalformedError, match="replaced"):
+            reading._fill({"t": torch.empty(8, 8)}, one, opened, [])
 
 
 @pytest.mark.parametrize(
@@ -247,3 +270,10 @@ def test_cache_reads_a_replaced_file_anew_and_keeps_no_giant(tmp_path: Path) -> 
     write_lora(path, 64)
     assert cache.get(path).nbytes == 1024
     assert cache.state().nbytes == 0
+
+
+def test_only_names_that_a_tensor_goes_on_from_are_looked_for() -> None:
+    names = {"a.b": 1, "a": 2, "lora_unet_c_d": 3, "a.b.lo": 4, "lora_unet": 5, "other": 6}
+    assert keys.concerned(names, ["a.b.lora_up.weight", "lora_unet_c_d_lora.up.weight", "other"]) == {
+        **{"a.b": 1, "a": 2, "lora_unet_c_d": 3, "lora_unet": 5}
+    }

@@ -26,7 +26,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES
 from host.tiny_encoder import VOCABULARY, TinyEncoder
-from host.tiny_files import OTHER_ROWS, ROWS_OF_32, ROWS_OF_256, SMALL, Tensor, random_values, store
+from host.tiny_files import OTHER_ROWS, ROWS_OF_32, ROWS_OF_256, SMALL, Tensor, declared_whole, random_values, store
 from pack.loaders.tokenizer_json import O200K_PATTERN
 from pack.loaders.tokenizers import TEKKEN_PATTERN
 from safetensors.numpy import save_file
@@ -104,13 +104,15 @@ def state_dict(tiny: TinyEncoder) -> Arrays:
         for name in tiny.json if "llama" not in tiny.model else ():
             with next(folder.rglob(name)).open() as file:
                 config = loaded(tiny, file)
-        built = model(config, torch.float32, torch.device("meta"), comfy.ops.manual_cast)
+        arguments: tuple = (config, torch.float32, torch.device("meta"), comfy.ops.manual_cast)
     else:
         config = found(next(iter(tiny.sizes)))()
         # Experts are a class of the host's mixed precision only.
         bank = comfy.ops.mixed_precision_ops({}, torch.float32).MoEExperts
         operations = type("Operations", (comfy.ops.manual_cast,), {"MoEExperts": bank})
-        built = model(config, torch.device("meta"), torch.float32, operations)
+        arguments = (config, torch.device("meta"), torch.float32, operations)
+    with declared_whole():
+        built = model(*arguments)
     shapes = {key: tuple(value.shape) for key, value in built.state_dict().items() if value is not None}
     shapes |= {name: tuple(expert_shape(m)) for name, m in experts(built)}
     return {key: within_bounds(key, random_values(key, shape, 0)) for key, shape in shapes.items()}

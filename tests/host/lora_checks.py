@@ -25,7 +25,7 @@ from pack.offload.adapters import Adapters, AdapterStream
 from pack.offload.attach import apply_block_swap
 from pack.offload.attach_adapters import BEYOND, STREAM
 from pack.offload.blocks import Block
-from pack.offload.costs import SwapRequest
+from pack.offload.costs import GB, SwapRequest
 from pack.offload.device import device_for
 from pack.offload.plan import BudgetTooSmallError
 from pack.offload.streamed_patcher import residency_of
@@ -250,37 +250,47 @@ def check_streamed_models_go_every_way() -> None:
 
 
 def check_loras_stream_with_their_blocks() -> None:
-    """On a CPU LoRAs are used where they lie, so there they are made to stream."""
+    """On a CPU LoRAs are used where they lie, so they are made to stream; a GPU's budget is for a part of them."""
     if MODE != "classic" and not ON_GPU:
         return
     patcher = load_diffusion_model(GGUF)
     streamed = apply_block_swap(load_diffusion_model(GGUF), SwapRequest(blocks_to_swap=4))
     latent(streamed, steps=1)
-    network, residency = streamed.model, residency_of(streamed)
+    if ON_GPU:
+        found = adapted(streamed)._adapters()
+        budget = residency_of(streamed).vram_bytes + (found.least_bytes + found.nbytes) // 2
+        request = SwapRequest(blocks_to_swap=4, vram_budget_gb=budget / GB)
+        streamed = apply_block_swap(load_diffusion_model(GGUF), request)
+    locked: list[int] = []
     for way in WAYS if ON_GPU else ("runtime",):
         expected, plain = latent(adapted(patcher, way), steps=1), latent(patcher, steps=1)
         ours = adapted(streamed, way)
-        functions: dict = {}
-        for name, found in ours.weight_wrapper_patches.items():
-            functions.setdefault(network.get_submodule(name.removesuffix(".weight")), []).extend(found)
-        blocks = [Block(name, network.diffusion_model.get_submodule(name)) for name in residency.names]
-        adapters = Adapters.of(blocks, functions)
-        assert len(adapters.blocks) == 4 and adapters.least_bytes < adapters.nbytes
-        locked: list[int] = []
         comfy.model_management.load_models_gpu([ours])
-        with network.__dict__.setdefault(STREAM, AdapterStream(
-            adapters, device_for(ours.load_device), 1 << 30, True, locked.append
-        )).at_home():  # fmt: skip
-            for function in (f for _, found in adapters.blocks for f in found):
-                function.move_to(CPU)
-                assert not function.move_to(ours.load_device) or not ON_GPU, "it was copied to the device"
+        network, adapters = ours.model, adapters_by_block(ours)
+        assert len(adapters.blocks) == 4 and adapters.least_bytes < adapters.nbytes
+        if not ON_GPU:
+            device = device_for(ours.load_device)
+            network.__dict__[STREAM] = AdapterStream(adapters, device, 1 << 30, True, locked.append)
         stream = network.__dict__[STREAM]
+        with stream.at_home():
+            for function in (f for _, found in adapters.blocks for f in found):
+                assert not function.move_to(ours.load_device) or not ON_GPU, "it was copied to the device"
         for _ in range(2):
             assert torch.equal(latent(ours, steps=1), expected), way
-        assert len(stream._over) == 4, "the ring was not used"
+        assert len(stream._over) == 4 and network.__dict__.get(STREAM) is stream, "the ring was not used"
         assert torch.equal(latent(streamed, steps=1), plain), way
         assert STREAM not in network.__dict__ and sum(locked) == 0, "the stream outlived its LoRA"
         assert not any(f._moved for _, found in adapters.blocks for f in found if ON_GPU)
+
+
+def adapters_by_block(model) -> Adapters:
+    """Those that the network was loaded with."""
+    network = model.model
+    functions: dict = {}
+    for name, found in model.weight_wrapper_patches.items():
+        functions.setdefault(network.get_submodule(name.removesuffix(".weight")), []).extend(found)
+    names = residency_of(model).names
+    return Adapters.of([Block(name, network.diffusion_model.get_submodule(name)) for name in names], functions)
 
 
 def check_a_budget_pays_for_loras_too() -> None:

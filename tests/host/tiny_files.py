@@ -80,6 +80,18 @@ def changed_defaults(function: Callable, values: dict[str, object]) -> Iterator[
         function.__defaults__ = before
 
 
+@contextlib.contextmanager
+def declared_whole() -> Iterator[None]:
+    """Under dynamic VRAM the host's Linear has no weight before one is loaded, and a state dict lacks it."""
+    from comfy import memory_management
+
+    before, memory_management.aimdo_enabled = memory_management.aimdo_enabled, False
+    try:
+        yield
+    finally:
+        memory_management.aimdo_enabled = before
+
+
 def shapes_of(tiny: TinyModel) -> dict[str, Shape]:
     """All keys and shapes of the model that the host builds from the signature; call it within `shrunk`."""
     from comfy import model_detection, ops, supported_models
@@ -93,7 +105,8 @@ def shapes_of(tiny: TinyModel) -> dict[str, Shape]:
         raise ValueError(f"the signature of {tiny.family} is detected as {type(config).__name__}")
     config.custom_operations = ops.disable_weight_init
     config.set_inference_dtype(torch.float32, None)
-    model = config.get_model(signature, "", device=torch.device("meta")).diffusion_model
+    with declared_whole():
+        model = config.get_model(signature, "", device=torch.device("meta")).diffusion_model
     return {key: tuple(value.shape) for key, value in model.state_dict().items()}
 
 
