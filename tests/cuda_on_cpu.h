@@ -1,4 +1,4 @@
-// Runs benchmarks/few_rows.cu on a CPU: every thread of a program is a fiber, programs run one after the other, those
+// Runs loaders/quant/kernels/cuda/few_rows.cu on a CPU: every thread of a program is a fiber, programs run one after the other, those
 // of a cluster together.
 //
 // A fiber runs until it has to wait for others: at a barrier, or at an instruction that a warp executes together,
@@ -127,7 +127,7 @@ template <class T> static inline T* in(T* p, int rank) {
     return (T*)(machine::shared[rank] + ((unsigned char*)p - shared_memory()));
 }
 
-static inline float read_in(const float* p, int rank) { return *in(p, rank); }
+template <class T> static inline T read_in(const T* p, int rank) { return *in(p, rank); }
 
 static inline void __syncwarp() {
     machine::Warp& w = machine::warps[machine::current / 32];
@@ -241,7 +241,7 @@ static inline void let_next_start() {}
 
 static inline void wait_for_previous() {}
 
-static constexpr int COPYING = 16;
+static constexpr int COPYING = 16 * SIXTEENS;
 
 static inline void copy_row(unsigned char* to, const unsigned char* from, uint32_t nbytes, unsigned long long* bar,
                             int lane) {

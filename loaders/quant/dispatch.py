@@ -209,10 +209,15 @@ def _with_products(
 
 
 def choices() -> dict[str, str]:
-    """What was decided so far: kind of device, or kind of device and type, to implementation and reason."""
+    """What was decided so far: kind of device, or kind of device and type, to implementation and reason; and what
+    multiplies few rows."""
     chosen, failures = list(_chosen.items()), list(_failures.items())  # another thread may be adding to them
     decided = {kind: why for kind, (_, why) in chosen}
-    return decided | {f"{kind} {t.name}": f"torch: its kernel failed: {why}" for (kind, t), why in failures}
+    decided |= {f"{kind} {t.name}": f"torch: its kernel failed: {why}" for (kind, t), why in failures}
+    for _, (kernels, _) in chosen:
+        if kernels is not None:
+            decided |= kernels.multiply.choices()
+    return decided
 
 
 def kept_kernels() -> int:

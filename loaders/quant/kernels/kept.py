@@ -80,17 +80,18 @@ def _first_run(program: Any, grid: tuple[int, int, int], args: tuple, **options:
         return program.warmup(*args, grid=grid, **options), False
 
 
-def bound(variant: Hashable, programs: int, index: int) -> Callable[..., None] | None:
+def bound(variant: Hashable, programs: int, index: int, last: tuple[int, ...] = ()) -> Callable[..., None] | None:
     """A kept variant with everything but its first arguments filled in, or None: then only `start` can run it.
 
-    The arguments are addresses and integers; device `index` must be the current one.
+    The arguments are addresses and integers, of which those in `last` follow what is given; device `index` must be the
+    current one.
     """
     if not DIRECT or variant not in _kept:
         return None
     compiled, rest = _kept[variant]
     run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
     stream = torch._C._cuda_getCurrentRawStream
-    rest = tuple(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in rest)  # the tables are never freed
+    rest = *last, *(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in rest)  # the tables are never freed
     return lambda *args: run(programs, 1, 1, stream(index), function, packed, None, None, None, *args, *rest)
 
 

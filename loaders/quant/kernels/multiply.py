@@ -1,9 +1,11 @@
-"""Multiply a few rows by a quantised weight: which of the three programs does it, how it is cut up, and a bound call.
+"""Multiply a few rows by a quantised weight: which of the programs does it, how it is cut up, and a bound call.
 
-matrix.py is taken wherever its instruction is: on NVIDIA's GPUs from compute capability 8.0 on, for the types that
-fragments.py knows, x at an address that is a multiple of 16. For more rows tiles.py would be, for types of tiling.USED;
-who gives a `config` gets it for any type that tiling.py knows. programs.py has a program for everything else. What they
-reach and what binds them is in benchmarks/results/skinny_sweep_h200.txt and skinny_tiles_h200.txt.
+The CUDA C program of products.py is taken on the GPUs, for the types and for the sizes that it is measured to be faster
+for. Where it is not, or does not work, matrix.py is taken wherever its instruction is: on NVIDIA's GPUs from compute
+capability 8.0 on, for the types that fragments.py knows, x at an address that is a multiple of 16. For more rows
+tiles.py would be, for types of tiling.USED; who gives a `config` gets it for any type that tiling.py knows. programs.py
+has a program for everything else. What they reach and what binds them is in benchmarks/results: few_rows_h200.txt,
+skinny_sweep_h200.txt and skinny_tiles_h200.txt.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import torch
 import triton
 
 from ...gguf.types import BLOCKS, GGMLType
-from . import kept, matrix, programs, tiles
+from . import kept, matrix, products, programs, tiles
 from .launch import KERNELS, Kernel, alignment, checked_blocks, decoder, dequantize
 from .quads import FRAGMENTS, Fragment
 from .tiling import TILINGS, USED, Tiling, arguments
@@ -65,6 +67,19 @@ def few(ggml_type: GGMLType, device: torch.device) -> int:
     return FRAGMENTS[ggml_type].few if by_matrix(ggml_type, device) else KERNELS[ggml_type].few
 
 
+def name_of(program: Any) -> str:
+    return "CUDA program" if program == products.SOURCE else f"Triton program {program.__name__}"
+
+
+def choices() -> dict[str, str]:
+    """What was decided: what the CUDA program was found to be able to, and programs that were given up, and why."""
+    failed = {
+        f"few rows, {name_of(program)}, {t.name}": f"another program: it failed: {why}"
+        for (program, t), why in list(_failures.items())
+    }
+    return products.choices() | failed
+
+
 @dataclass(frozen=True)
 class Launch:
     """A program and all that it is started with but its tensors."""
@@ -75,12 +90,34 @@ class Launch:
     variant: tuple
     constants: Callable[[], tuple]
 
+    def start(self, data: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+        rows = out.shape[-1]
+        variant = (*self.variant, *of_tensors(x, bias, out))
+        args = data, x, bias, out, rows, out.numel() // rows
+        kept.start(variant, self.program, self.programs, args, self.constants, self.warps)
+
+    def bound(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> Callable[..., None] | None:
+        """A call of the addresses of weight, x, bias and result, for such tensors; None: there is none."""
+        rows = out.shape[-1]
+        variant = (*self.variant, *of_tensors(x, bias, out))
+        return kept.bound(variant, self.programs, x.device.index, (rows, out.numel() // rows))
+
 
 def planned(
-    ggml_type: GGMLType, shape: Sequence[int], data: torch.Tensor, x: torch.Tensor, m: int, config: Any = None
-) -> Launch:
+    ggml_type: GGMLType,
+    shape: Sequence[int],
+    data: torch.Tensor,
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    m: int,
+    config: Any = None,
+) -> Launch | products.Product:
     """How `m` rows of `x` are multiplied; `config`: a Kernel, Fragment or Tiling other than the table's, to measure."""
     rows, columns = shape
+    if config is None and (products.SOURCE, ggml_type) not in _failures:
+        product = products.planned(ggml_type, shape, data, x, bias, m)
+        if product is not None:
+            return product
     layout = BLOCKS[ggml_type]
     source = alignment(data.data_ptr())
     aligned = x.data_ptr() % 16 == 0
@@ -157,10 +194,10 @@ def linear(
         return out
     data, x = data.contiguous(), x.contiguous()
     bias = None if bias is None else bias.contiguous()
-    launch = planned(ggml_type, shape, data, x, m, config)
+    launch = planned(ggml_type, shape, data, x, bias, m, config)
     instructed = launch.program is not programs.skinny
     try:
-        start(launch, data, x, bias, out, rows, m)
+        launch.start(data, x, bias, out)
         if instructed and (launch.variant, x.dtype) not in _right:
             _look_at(out, x, data, ggml_type, shape, bias)
             _right.add((launch.variant, x.dtype))
@@ -168,7 +205,12 @@ def linear(
         if not instructed or config is not None or isinstance(error, torch.OutOfMemoryError):
             raise
         _failures[launch.program, ggml_type] = f"{type(error).__name__}: {error}"
-        log.warning("matrix instructions do not work for %s, other programs take over: %s", ggml_type.name, error)
+        log.warning(
+            "the %s that multiplies few rows does not work for %s, another program takes over: %s",
+            name_of(launch.program),
+            ggml_type.name,
+            error,
+        )
         return linear(x, data, ggml_type, shape, bias)
     return out
 
@@ -201,13 +243,6 @@ def _look_at(
         raise WrongResultError("its first result was wrong")
 
 
-def start(
-    launch: Launch, data: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, rows: int, m: int
-) -> None:
-    variant = (*launch.variant, *of_tensors(x, bias, out))
-    kept.start(variant, launch.program, launch.programs, (data, x, bias, out, rows, m), launch.constants, launch.warps)
-
-
 def of_tensors(x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> tuple:
     """What Triton compiles for, of the tensors of a product."""
     about_bias = () if bias is None else (bias.dtype, bias.data_ptr() % 16 == 0)
@@ -226,7 +261,7 @@ def bind(
     It holds `data`, `bias` and their addresses: bind again when the bytes have moved. `otherwise` does what is not
     bound: the first call for each shape and type of x, which it may refuse with None, and x of any other kind.
     """
-    rows, columns = shape
+    columns = shape[1]
     device, index = data.device, data.device.index
     if device.type != "cuda" or not data.is_contiguous() or (bias is not None and not bias.is_contiguous()):
         return otherwise
@@ -238,22 +273,21 @@ def bind(
         out = otherwise(x)
         if out is None or out.numel() == 0 or out.data_ptr() % 16 or x.data_ptr() % 16 or not x.is_contiguous():
             return out
-        m = x.numel() // columns
-        launch = planned(ggml_type, shape, data, x, m)
+        launch = planned(ggml_type, shape, data, x, bias, x.numel() // columns)
         variant = (*launch.variant, *of_tensors(x, bias, out))
-        run = kept.bound(variant, launch.programs, index)
+        run = launch.bound(x, bias, out)
         if run is None:
             return out
 
         def again() -> torch.Tensor:
             result = empty(tuple(out.shape), out.stride(), dtype=x.dtype, device=device)
-            run(source, x.data_ptr(), bias_address, result.data_ptr(), rows, m)
+            run(source, x.data_ptr(), bias_address, result.data_ptr())
             return result
 
         with torch.cuda.device(index):  # as `call` has it, where this may have been asked for from another
             proven = kept.proves(variant, again, out)
         if proven:
-            known[key] = run, tuple(out.shape), out.stride(), m
+            known[key] = run, tuple(out.shape), out.stride()
         return out
 
     def call(x: torch.Tensor) -> torch.Tensor | None:
@@ -264,9 +298,9 @@ def bind(
         address = x.data_ptr()
         if address % 16 or not x.is_contiguous() or x.device != device or current_device() != index:
             return otherwise(x)
-        run, out_shape, strides, m = found
+        run, out_shape, strides = found
         out = empty(out_shape, strides, dtype=x.dtype, device=device)
-        run(source, address, bias_address, out.data_ptr(), rows, m)
+        run(source, address, bias_address, out.data_ptr())
         return out
 
     return call

@@ -1,5 +1,5 @@
-// The product of a slice of a tile, for each type: see the notes in few_rows.cu. Layouts: the decoders in
-// loaders/quant.
+// The products of a slice by the first COUNT sixteens of rows of a stage, for each type: see the notes in few_rows.cu.
+// Several sixteens at once hide each other's latencies. Layouts: the decoders in loaders/quant.
 
 // total += a group's sum times its scale in rows g and g + 8
 DEVICE void scale(float (&total)[4], const float (&sum)[4], float upper, float lower) {
@@ -24,13 +24,13 @@ DEVICE void begin(float (&sum)[4], const Floats4* zeros, int group) {
 }
 
 #if TYPE == Q8_0
-template <bool SHIFTED>
-DEVICE void add_slice(float (&total)[4], const Places& in, const Inputs& x, const Lane& l) {
+template <bool SHIFTED, int COUNT>
+DEVICE void add_slice(float (*total)[4], const Places& in, const Inputs& x, const Lane& l) {
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
-        u32 first[2], middle[2], w[2][4];
+        u32 first[2 * COUNT], middle[2 * COUNT], w[2 * COUNT][4];
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
+        for (int r = 0; r < 2 * COUNT; ++r) {
             const u8 *at = in.row + r * 8 * PITCH + pair * 68, *own = in.own + r * 8 * PITCH + pair * 68;
             first[r] = word(at);
             middle[r] = word(at + 32);
@@ -40,29 +40,34 @@ DEVICE void add_slice(float (&total)[4], const Places& in, const Inputs& x, cons
             w[r][3] = word(own + 52);
         }
 #pragma unroll
-        for (int b = 0; b < 2; ++b) {
-            float sum[4];
-            begin(sum, in.zeros, pair * 2 + b);
+        for (int b = 0; b < 2; ++b)
 #pragma unroll
-            for (int j = 0; j < 2; ++j) {  // 128 added to signed bytes
-                u32 upper = w[0][2 * b + j], lower = w[1][2 * b + j], mask = 0x00ff00ffu, flip = 0x00800080u;
-                add_run(sum, flipped(upper, mask, flip), flipped(lower, mask, flip), flipped(upper >> 8, mask, flip),
-                        flipped(lower >> 8, mask, flip), x, pair * 4 + b * 2 + j);
+            for (int i = 0; i < COUNT; ++i) {
+                float sum[4];
+                begin(sum, in.zeros, pair * 2 + b);
+                const u32 *f = first + 2 * i, *m = middle + 2 * i;
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {  // 128 added to signed bytes
+                    u32 upper = w[2 * i][2 * b + j], lower = w[2 * i + 1][2 * b + j];
+                    u32 mask = 0x00ff00ffu, flip = 0x00800080u;
+                    add_run(sum, flipped(upper, mask, flip), flipped(lower, mask, flip),
+                            flipped(upper >> 8, mask, flip), flipped(lower >> 8, mask, flip), x,
+                            pair * 4 + b * 2 + j);
+                }
+                scale(total[i], sum, b ? f16_high(m[0]) : f16_low(f[0]), b ? f16_high(m[1]) : f16_low(f[1]));
             }
-            scale(total, sum, b ? f16_high(middle[0]) : f16_low(first[0]), b ? f16_high(middle[1]) : f16_low(first[1]));
-        }
     }
 }
 #endif
 
 #if TYPE == Q4_0
-template <bool SHIFTED>
-DEVICE void add_slice(float (&total)[4], const Places& in, const Inputs& x, const Lane& l) {
+template <bool SHIFTED, int COUNT>
+DEVICE void add_slice(float (*total)[4], const Places& in, const Inputs& x, const Lane& l) {
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
-        u32 first[2], middle[2], w[2][2];
+        u32 first[2 * COUNT], middle[2 * COUNT], w[2 * COUNT][2];
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
+        for (int r = 0; r < 2 * COUNT; ++r) {
             const u8 *at = in.row + r * 8 * PITCH + pair * 36, *own = in.own + r * 8 * PITCH + pair * 36;
             first[r] = word(at);
             middle[r] = word(at + 16);
@@ -70,13 +75,16 @@ DEVICE void add_slice(float (&total)[4], const Places& in, const Inputs& x, cons
             w[r][1] = word(own + 20);
         }
 #pragma unroll
-        for (int b = 0; b < 2; ++b) {
-            float sum[4];
-            begin(sum, in.zeros, pair * 2 + b);
-            add_fields(sum, w[0][b], w[1][b], 0x0f, x, pair * 4 + b * 2);
-            add_fields(sum, w[0][b], w[1][b], 0xf0, x, pair * 4 + b * 2 + 1);
-            scale(total, sum, b ? f16_high(middle[0]) : f16_low(first[0]), b ? f16_high(middle[1]) : f16_low(first[1]));
-        }
+        for (int b = 0; b < 2; ++b)
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i) {
+                float sum[4];
+                begin(sum, in.zeros, pair * 2 + b);
+                const u32 *f = first + 2 * i, *m = middle + 2 * i;
+                add_fields(sum, w[2 * i][b], w[2 * i + 1][b], 0x0f, x, pair * 4 + b * 2);
+                add_fields(sum, w[2 * i][b], w[2 * i + 1][b], 0xf0, x, pair * 4 + b * 2 + 1);
+                scale(total[i], sum, b ? f16_high(m[0]) : f16_low(f[0]), b ? f16_high(m[1]) : f16_low(f[1]));
+            }
     }
 }
 #endif
@@ -87,13 +95,13 @@ DEVICE u32 five_bits(u32 w, u32 bits) { return ((bits & 15) * 0x02040810u & 0x10
 #endif
 
 #if TYPE == Q5_0
-template <bool SHIFTED>
-DEVICE void add_slice(float (&total)[4], const Places& in, const Inputs& x, const Lane& l) {
+template <bool SHIFTED, int COUNT>
+DEVICE void add_slice(float (*total)[4], const Places& in, const Inputs& x, const Lane& l) {
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
-        u32 first[2], middle[2], w[2][2][2];
+        u32 first[2 * COUNT], middle[2 * COUNT], w[2][2][2 * COUNT];
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
+        for (int r = 0; r < 2 * COUNT; ++r) {
             const u8 *at = in.row + r * 8 * PITCH + pair * 44, *own = in.own + r * 8 * PITCH + pair * 44;
             first[r] = word(at);
             middle[r] = word(at + 20);
@@ -108,26 +116,30 @@ DEVICE void add_slice(float (&total)[4], const Places& in, const Inputs& x, cons
             }
         }
 #pragma unroll
-        for (int b = 0; b < 2; ++b) {
-            float sum[4];
-            begin(sum, in.zeros, pair * 2 + b);
-            add_fields(sum, w[b][0][0], w[b][0][1], 0x1f, x, pair * 4 + b * 2);
-            add_fields(sum, w[b][1][0], w[b][1][1], 0x1f, x, pair * 4 + b * 2 + 1);
-            scale(total, sum, b ? f16_high(middle[0]) : f16_low(first[0]), b ? f16_high(middle[1]) : f16_low(first[1]));
-        }
+        for (int b = 0; b < 2; ++b)
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i) {
+                float sum[4];
+                begin(sum, in.zeros, pair * 2 + b);
+                const u32 *f = first + 2 * i, *m = middle + 2 * i;
+                add_fields(sum, w[b][0][2 * i], w[b][0][2 * i + 1], 0x1f, x, pair * 4 + b * 2);
+                add_fields(sum, w[b][1][2 * i], w[b][1][2 * i + 1], 0x1f, x, pair * 4 + b * 2 + 1);
+                scale(total[i], sum, b ? f16_high(m[0]) : f16_low(f[0]), b ? f16_high(m[1]) : f16_low(f[1]));
+            }
     }
 }
 #endif
 
 #if BLOCK_MINIMA
-template <bool SHIFTED>
-DEVICE void add_slice(float (&total)[4], const Places& in, const Inputs& x, const Lane& l) {
+template <bool SHIFTED, int COUNT>
+DEVICE void add_slice(float (*total)[4], const Places& in, const Inputs& x, const Lane& l) {
 #pragma unroll
-    for (int block = 0; block < 8; ++block) {
+    for (int j = 0; j < 8 * COUNT; ++j) {
+        int block = j / COUNT, i = j % COUNT;
         u32 head[2], w[2], bits[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            int at = r * 8 * PITCH + block * BLOCK_BYTES;
+            int at = (2 * i + r) * 8 * PITCH + block * BLOCK_BYTES;
             head[r] = word(in.row + at);
             bits[r] = TYPE == Q5_1 ? word(in.row + at + 4) >> l.c * 4 : 0;
             w[r] = word(in.own + at + BLOCK_BYTES - 16);
@@ -142,9 +154,9 @@ DEVICE void add_slice(float (&total)[4], const Places& in, const Inputs& x, cons
         add_fields(sum, five_bits(w[0] >> 4 & 0x0f0f0f0fu, bits[0] >> 16),
                    five_bits(w[1] >> 4 & 0x0f0f0f0fu, bits[1] >> 16), 0x1f, x, run + 1);
 #endif
-        scale(total, sum, f16_low(head[0]), f16_low(head[1]));
+        scale(total[i], sum, f16_low(head[0]), f16_low(head[1]));
         begin(sum_of_x, in.zeros, block);
-        scale(total, sum_of_x, f16_high(head[0]), f16_high(head[1]));
+        scale(total[i], sum_of_x, f16_high(head[0]), f16_high(head[1]));
     }
 }
 #endif
@@ -152,8 +164,9 @@ DEVICE void add_slice(float (&total)[4], const Places& in, const Inputs& x, cons
 #if SUPER_MINIMA
 // Lane 2 r + h reads the header of row r and leaves d times scales 4 h to 4 h + 3 in float32, exactly, the minima and
 // minus dmin where all lanes find them.
-DEVICE void spread_scales(const Places& in, int h) {
-    Words4 head = *(const Words4*)in.head;
+DEVICE void spread_scales(const Places& in, int h, int i) {
+    Words4 head = *(const Words4*)(in.head + i * 16 * PITCH);
+    u8* to = in.scales_to + i * 16 * SCALES_PITCH;
     float d = f16_low(head.a), from = d * -32768.0f;
     u32 scales = h ? (head.d & 0x0f0f0f0fu) | (head.b >> 2 & 0x30303030u) : head.b & 0x3f3f3f3fu;
     u32 minima = h ? (head.d >> 4 & 0x0f0f0f0fu) | (head.c >> 2 & 0x30303030u) : head.c & 0x3f3f3f3fu;
@@ -161,31 +174,32 @@ DEVICE void spread_scales(const Places& in, int h) {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
         y.at[i] = fmaf(number(permuted(scales, 0x47000000u, 0x7404 | i << 4)), d, from);  // (32768 + scale) d - 32768 d
-    *(Floats4*)in.scales_to = y;
-    *(u32*)(in.scales_to + 32 - h * 12) = minima;
-    *(float*)(in.scales_to + 40 - h * 16) = -f16_high(head.a);
+    *(Floats4*)to = y;
+    *(u32*)(to + 32 - h * 12) = minima;
+    *(float*)(to + 40 - h * 16) = -f16_high(head.a);
 }
 
-template <bool SHIFTED>
-DEVICE void add_slice(float (&total)[4], const Places& in, const Inputs& x, const Lane& l) {
+template <bool SHIFTED, int COUNT>
+DEVICE void add_slice(float (*total)[4], const Places& in, const Inputs& x, const Lane& l) {
     constexpr int QUANTS = TYPE == Q4_K ? 16 : 48;
-    spread_scales(in, l.lane % 2);
-    __syncwarp();
-    const u8* upper = in.scales;
-    const u8* lower = upper + 8 * SCALES_PITCH;
-#if TYPE == Q5_K
-    Words2 bits[2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
+    for (int i = 0; i < COUNT; ++i)
+        spread_scales(in, l.lane % 2, i);
+    __syncwarp();
+#if TYPE == Q5_K
+    Words2 bits[2 * COUNT];
+#pragma unroll
+    for (int r = 0; r < 2 * COUNT; ++r)
         bits[r] = *(const Words2*)(in.own + r * 8 * PITCH + 16);
 #endif
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        Floats4 up4 = *(const Floats4*)(upper + h * 16), low4 = *(const Floats4*)(lower + h * 16);
+    for (int u = 0; u < 4; ++u)
 #pragma unroll
-        for (int u = 2 * h; u < 2 * h + 2; ++u) {
-            Words2 w0 = *(const Words2*)(in.own + QUANTS + u * 32);
-            Words2 w1 = *(const Words2*)(in.own + QUANTS + u * 32 + 8 * PITCH);
+        for (int i = 0; i < COUNT; ++i) {
+            const u8* upper = in.scales + i * 16 * SCALES_PITCH + u * 8;
+            Floats2 up = *(const Floats2*)upper, low = *(const Floats2*)(upper + 8 * SCALES_PITCH);
+            const u8* own = in.own + i * 16 * PITCH + QUANTS + u * 32;
+            Words2 w0 = *(const Words2*)own, w1 = *(const Words2*)(own + 8 * PITCH);
 #pragma unroll
             for (int high = 0; high < 2; ++high) {
                 float sum[4] = {0, 0, 0, 0};
@@ -195,23 +209,28 @@ DEVICE void add_slice(float (&total)[4], const Places& in, const Inputs& x, cons
                 add_fields(sum, w0.b, w1.b, high ? 0xf0 : 0x0f, x, run + 1);
 #else
                 int from = 2 * u + high;
-                u32 v[4] = {bits[0].a, bits[1].a, bits[0].b, bits[1].b}, w[4] = {w0.a, w1.a, w0.b, w1.b};
+                Words2 b0 = bits[2 * i], b1 = bits[2 * i + 1];
+                u32 v[4] = {b0.a, b1.a, b0.b, b1.b}, w[4] = {w0.a, w1.a, w0.b, w1.b};
 #pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    v[i] = merged(high ? w[i] >> 4 : w[i], from < 4 ? v[i] << (4 - from) : v[i] >> (from - 4),
+                for (int j = 0; j < 4; ++j)
+                    v[j] = merged(high ? w[j] >> 4 : w[j], from < 4 ? v[j] << (4 - from) : v[j] >> (from - 4),
                                   0x0f0f0f0fu);
                 add_fields(sum, v[0], v[1], 0x1f, x, run);
                 add_fields(sum, v[2], v[3], 0x1f, x, run + 1);
 #endif
-                scale(total, sum, up4.at[(u % 2) * 2 + high], low4.at[(u % 2) * 2 + high]);
+                scale(total[i], sum, high ? up.b : up.a, high ? low.b : low.a);
             }
         }
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+        const u8* upper = in.scales + i * 16 * SCALES_PITCH;
+        const u8* lower = upper + 8 * SCALES_PITCH;
+        float least[4] = {0, 0, 0, 0};
+        u32 a0 = permuted(*(const u16*)(upper + 32 + l.c * 2), 0, 0x4140);
+        u32 a1 = permuted(*(const u16*)(lower + 32 + l.c * 2), 0, 0x4140);
+        mma(least, a0, a1, a0, a1, x.minima[0], x.minima[1]);
+        scale(total[i], least, *(const float*)(upper + 40), *(const float*)(lower + 40));
     }
-    float least[4] = {0, 0, 0, 0};
-    u32 a0 = permuted(*(const u16*)(upper + 32 + l.c * 2), 0, 0x4140);
-    u32 a1 = permuted(*(const u16*)(lower + 32 + l.c * 2), 0, 0x4140);
-    mma(least, a0, a1, a0, a1, x.minima[0], x.minima[1]);
-    scale(total, least, *(const float*)(upper + 40), *(const float*)(lower + 40));
 }
 #endif
 
@@ -226,42 +245,44 @@ DEVICE u32 word_at(const u8* p, u32 shift) {
 
 // Lane 2 r + h leaves d times the scales of half h of row r in float32, exactly.
 template <bool SHIFTED>
-DEVICE void spread_scales(const Places& in, const Lane& l) {
-    float d = f16_low(*(const u16*)(in.head + 208));
-    const u8* from_here = in.head + l.lane % 2 * 8 - (SHIFTED ? l.shift_head / 8 : 0);
+DEVICE void spread_scales(const Places& in, const Lane& l, int i) {
+    const u8* head = in.head + i * 16 * PITCH;
+    float d = f16_low(*(const u16*)(head + 208));
+    const u8* from_here = head + l.lane % 2 * 8 - (SHIFTED ? l.shift_head / 8 : 0);
     float from = d * -32896.0f;  // 2^15 and what makes a signed byte unsigned
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
         u32 scales = word_at<SHIFTED>(from_here + 192 + j * 4, l.shift_head) ^ 0x80808080u;
         Floats4 y;
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-            y.at[i] = fmaf(number(permuted(scales, 0x47000000u, 0x7404 | i << 4)), d, from);
-        *(Floats4*)(in.scales_to + j * 16) = y;
+        for (int at = 0; at < 4; ++at)
+            y.at[at] = fmaf(number(permuted(scales, 0x47000000u, 0x7404 | at << 4)), d, from);
+        *(Floats4*)(in.scales_to + i * 16 * SCALES_PITCH + j * 16) = y;
     }
 }
 
-template <bool SHIFTED>
-DEVICE void add_slice(float (&total)[4], const Places& in, const Inputs& x, const Lane& l) {
-    spread_scales<SHIFTED>(in, l);
+template <bool SHIFTED, int COUNT>
+DEVICE void add_slice(float (*total)[4], const Places& in, const Inputs& x, const Lane& l) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i)
+        spread_scales<SHIFTED>(in, l, i);
     __syncwarp();
-    const u8* upper = in.scales;
-    const u8* lower = upper + 8 * SCALES_PITCH;
     const u8* row = in.own - (SHIFTED ? l.shift / 8 : 0);
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
+    for (int j = 0; j < 2 * COUNT; ++j) {
+        int n = j / COUNT, i = j % COUNT;
         Floats4 scales[2][2];
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-            scales[0][j] = *(const Floats4*)(upper + n * 32 + j * 16);
-            scales[1][j] = *(const Floats4*)(lower + n * 32 + j * 16);
-        }
+        for (int r = 0; r < 2; ++r)
+#pragma unroll
+            for (int part = 0; part < 2; ++part)
+                scales[r][part] = *(const Floats4*)(in.scales + (2 * i + r) * 8 * SCALES_PITCH + n * 32 + part * 16);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             u32 v[4][2];
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                const u8* at = row + r * 8 * PITCH + n * 64 + h * 16;
+                const u8* at = row + (2 * i + r) * 8 * PITCH + n * 64 + h * 16;
                 u32 a = word_at<SHIFTED>(at, l.shift), b = word_at<SHIFTED>(at + 32, l.shift);
                 u32 high = word_at<SHIFTED>(at + 128 - n * 32, l.shift);
                 v[0][r] = merged(a, high << 4, 0x0f0f0f0fu);
@@ -275,7 +296,7 @@ DEVICE void add_slice(float (&total)[4], const Places& in, const Inputs& x, cons
                 int run = n * 8 + h * 4 + k;
                 begin(sum, in.zeros, run);
                 add_fields(sum, v[k][0], v[k][1], k == 3 ? 0xfc : 0x3f, x, run);
-                scale(total, sum, scales[0][k / 2].at[k % 2 * 2 + h], scales[1][k / 2].at[k % 2 * 2 + h]);
+                scale(total[i], sum, scales[0][k / 2].at[k % 2 * 2 + h], scales[1][k / 2].at[k % 2 * 2 + h]);
             }
         }
     }

@@ -1,4 +1,4 @@
-// What few_rows.cu needs of a GPU and C++ has no words for. tests/cuda_on_cpu.h says the same of a CPU.
+// What few_rows.cu needs of a GPU of compute capability 9.0 or more and C++ has no words for. tests/cuda_on_cpu.h says the same of a CPU.
 
 #define DEVICE __device__ __forceinline__
 
@@ -76,11 +76,7 @@ DEVICE u32 nanoseconds() {
 
 DEVICE bool barrier_over(u64* bar, u32 parity) {
     u32 over;
-#if __CUDA_ARCH__ >= 900
     asm volatile("{ .reg .pred p; mbarrier.try_wait.parity" ACQUIRE ".b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-#else
-    asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-#endif
                  : "=r"(over)
                  : "r"(address(bar)), "r"(parity)
                  : "memory");
@@ -103,51 +99,46 @@ DEVICE void barrier_arrive_in(u64* bar, int rank) {
     asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(there) : "memory");
 }
 
-DEVICE float read_in(const float* p, int rank) {
-    float y;
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(y) : "r"(address_in(p, rank)) : "memory");
+DEVICE Floats4 read_in(const Floats4* p, int rank) {
+    Floats4 y;
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(y.at[0]), "=f"(y.at[1]), "=f"(y.at[2]), "=f"(y.at[3])
+                 : "r"(address_in(p, rank))
+                 : "memory");
     return y;
 }
 #else
 DEVICE void sync_cluster() { __syncthreads(); }
 DEVICE void barrier_arrive_in(u64* bar, int) { barrier_arrive(bar); }
-DEVICE float read_in(const float* p, int) { return *p; }
+DEVICE Floats4 read_in(const Floats4* p, int) { return *p; }
 #endif
 
-DEVICE void let_next_start() {
-#if AHEAD
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
+DEVICE void let_next_start() { asm volatile("griddepcontrol.launch_dependents;"); }
 
-DEVICE void wait_for_previous() {
-#if AHEAD
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
+DEVICE void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 DEVICE u8* shared_memory() {
     extern __shared__ __align__(128) u8 shared_begin[];
     return shared_begin;
 }
 
-// Wait until the phase of that parity is over. A program that waits for a second will wait for ever: it ends the
+// Wait until the phase of that parity is over. A program that waits for four seconds will wait for ever: it ends the
 // stream with an error instead.
 DEVICE void barrier_wait(u64* bar, u32 parity) {
     if (barrier_over(bar, parity))
         return;
     u32 since = nanoseconds();
     while (!barrier_over(bar, parity))
-        if (nanoseconds() - since > 1000000000u)
+        if (nanoseconds() - since > 4000000000u)
             asm volatile("trap;");
 }
 
-#if __CUDA_ARCH__ >= 900
-constexpr int COPYING = 16;  // lanes that arrive at a stage's barrier when they have started their copies
+constexpr int COPYING = TILE;  // lanes that arrive at a stage's barrier when they have started their copies
 
 DEVICE void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-// Lane i copies row i, of `nbytes`, a multiple of 16 at a multiple of 16; no lane of 16 or more, no row where it is 0.
+// Lane i copies row i, of `nbytes`, a multiple of 16 at a multiple of 16; no lane of TILE or more, no row where it is
+// 0.
 DEVICE void copy_row(u8* to, const u8* from, u32 nbytes, u64* bar, int lane) {
     if (lane < COPYING) {
         asm volatile("{ .reg .b64 t; mbarrier.arrive.expect_tx.shared.b64 t, [%0], %1; }" ::"r"(address(bar)),
@@ -161,20 +152,3 @@ DEVICE void copy_row(u8* to, const u8* from, u32 nbytes, u64* bar, int lane) {
                 : "memory");
     }
 }
-#else
-constexpr int COPYING = 32;
-
-DEVICE void barriers_ready() {}
-
-DEVICE void copy_row(u8* to, const u8* from, u32 nbytes, u64* bar, int lane) {
-    u32 own = address(to);
-    for (int row = 0; row < 16; ++row) {
-        u32 into = __shfl_sync(0xffffffffu, own, row);
-        u64 source = __shfl_sync(0xffffffffu, (u64)from, row);
-        u32 end = __shfl_sync(0xffffffffu, nbytes, row);
-        for (u32 at = lane * 16; at < end; at += 512)
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(into + at), "l"(source + at) : "memory");
-    }
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(address(bar)) : "memory");
-}
-#endif

@@ -2,16 +2,6 @@
 
 DEVICE u32 word(const u8* p) { return *(const u32*)p; }
 
-struct alignas(8) Words2 {
-    u32 a, b;
-};
-struct alignas(16) Words4 {
-    u32 a, b, c, d;
-};
-struct alignas(16) Floats4 {
-    float at[4];
-};
-
 struct Inputs {
     u32 run[PARTS][RUNS][2];
     u32 minima[2];  // sums of x for the minima of a superblock, each as two bfloat16

@@ -1,15 +1,16 @@
 // A few rows times a quantised weight: out[m][n] = x[m][k] W^T + bias for m <= 8, k a multiple of 256.
 //
-// Compiled by NVRTC for each type, type of x and cut; the host is _few_rows.py. Without a GPU the same source is compiled
-// by g++ with tests/cuda_on_cpu.h in the place of few_rows_machine.h.
+// Compiled by NVRTC for each type, type of x and cut; the host is ../few_rows.py. Without a GPU the same source is
+// compiled by g++ with tests/cuda_on_cpu.h in the place of few_rows_machine.h.
 //
 // [Note: Work] A program takes some hundred neighbouring rows of the weight, a multiprocessor's share, in tiles of 16
-// rows. One warp copies tile after tile into a ring of shared memory, each row by one instruction, past registers and
-// first-level cache and at any distance ahead. WARPS others have a slice of 256 columns each: they hold x for it in
-// registers, in the order of the matrix instruction, from the first tile to the last, and leave what their slice gives
-// for each tile in shared memory. The last warp sums over the slices of a tile as soon as it has them all. Where a row
-// has more slices than there are warps, the program goes over its tiles again for the next ones; or a cluster of SPLIT
-// programs shares the slices of the same rows, and each sums up some tiles, with what the others have for them.
+// rows or 32. One warp copies tile after tile into a ring of shared memory, each row by one
+// instruction, past registers and first-level cache and at any distance ahead. WARPS others have a slice of 256 columns
+// each: they hold x for it in registers, in the order of the matrix instruction, from the first tile to the last, and
+// leave what their slice gives for each tile in shared memory. The last warp sums over the slices of a tile as soon as
+// it has them all, always in the same order. Where a row has more slices than there are warps, the program goes over
+// its tiles again for the next ones, for which it asks for x a go before; or a cluster of SPLIT programs shares the
+// slices of the same rows, and each sums up some tiles, with what the others have for them.
 //
 // [Note: Matrix] mma.sync.m16n8k16: lane 4 g + c gives four elements of rows g and g + 8 of the first matrix, the
 // weight; four of column g of the second, x; and gets columns 2 c and 2 c + 1 of rows g and g + 8 of the sum. Which
@@ -30,6 +31,19 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
+struct alignas(8) Words2 {
+    u32 a, b;
+};
+struct alignas(16) Words4 {
+    u32 a, b, c, d;
+};
+struct alignas(8) Floats2 {
+    float a, b;
+};
+struct alignas(16) Floats4 {
+    float at[4];
+};
+
 #define Q4_0 2
 #define Q4_1 3
 #define Q5_0 6
@@ -39,19 +53,9 @@ typedef unsigned long long u64;
 #define Q5_K 13
 #define Q6_K 14
 
-// TYPE, X_IS_F16 (or bfloat16), OUT_IS_F32 (or as x), WARPS (that multiply), PROGRAMS (of a multiprocessor), SPLIT
-// and PITCH (bytes from a row of a tile to the next) are the host's. AHEAD: the program may be started before the
-// kernel in front of it has ended. It copies the weight, which must not be what that kernel writes, and waits before
-// it reads x or writes anything.
-#ifndef AHEAD
-#define AHEAD 0
-#endif
-// A benchmark may leave the copies or the arithmetic out.
-#define COPIES 1
-#define ARITHMETIC 2
-#ifndef WITHOUT
-#define WITHOUT 0
-#endif
+// TYPE, X_IS_F16 (or bfloat16), OUT_IS_F32 (or as x), WARPS (that multiply), SPLIT, SIXTEENS (of rows in a tile),
+// ONCE (whether one go over the tiles is enough) and PITCH (bytes from a row of a tile to the next) are the host's. The program may be started before the kernel in front of it has ended: it copies the weight,
+// which must not be what that kernel writes, and waits before it reads anything else or writes.
 #define KQUANT (TYPE == Q4_K || TYPE == Q5_K || TYPE == Q6_K)
 #define SUPER_MINIMA (TYPE == Q4_K || TYPE == Q5_K)
 #define BLOCK_MINIMA (TYPE == Q4_1 || TYPE == Q5_1)
@@ -71,15 +75,15 @@ constexpr int GROUPS = TYPE == Q6_K ? 16 : 8;  // of a slice
 constexpr int PORTION = TYPE == Q6_K ? 128 : 64;  // columns of x that a warp puts in order at once
 constexpr int X_PITCH = PORTION * 2 + 16;
 constexpr int PARTS = X_IS_F16 ? 2 : 1;
-constexpr int STAGE = 16 * PITCH;
+constexpr int TILE = 16 * SIXTEENS;  // rows
+constexpr int STAGE = TILE * PITCH;
 constexpr int DEPTH = 14;   // tiles in a ring, at most
 constexpr int HEAD = 1024;  // bytes for barriers: two for each stage, and one for each tile
 constexpr int SCALES_PITCH = TYPE == Q6_K ? 80 : 48;  // bytes: the scales of a row in float32, see `spread_scales`
-constexpr int SCRATCH = TYPE == Q6_K ? 8 * X_PITCH : 8 * X_PITCH > 16 * SCALES_PITCH ? 8 * X_PITCH : 16 * SCALES_PITCH;
+constexpr int SCRATCH = 8 * X_PITCH > TILE * SCALES_PITCH ? 8 * X_PITCH : TILE * SCALES_PITCH;
 constexpr int ZEROS = SUPER_MINIMA ? 0 : GROUPS * 64;
 constexpr int PER_WARP = SCRATCH + ZEROS;
 constexpr int THREADS = (WARPS + 2) * 32;
-static_assert(16 * SCALES_PITCH <= SCRATCH, "scales do not fit");
 
 #ifdef __CUDACC__
 #include "few_rows_machine.h"
@@ -101,7 +105,7 @@ DEVICE void store(void* out, u64 at, float y) {
 }
 
 // `rows` of the weight for a program, which has room for `depth` tiles at once; bias_is: 0 none, 1 float32, 2 as x.
-extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, PROGRAMS)
+extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1)
 few_rows(const u8* data, const u16* x, const void* bias, void* out, int n, int k, int m, int rows, int depth,
          int bias_is) {
     u8* shared = shared_memory();
@@ -118,8 +122,8 @@ few_rows(const u8* data, const u16* x, const void* bias, void* out, int n, int k
     l.hybrid = kept(l.c == 3 ? 0x7610 : 0x3210);
     int rank = blockIdx.x % SPLIT, first = blockIdx.x / SPLIT * rows;
     rows = rows < n - first ? rows : n - first;
-    int tiles = (rows + 15) / 16, all_slices = k / SLICE, slices = (all_slices + SPLIT - 1) / SPLIT;
-    int chunks = (slices + WARPS - 1) / WARPS, before_own = rank * slices;
+    int tiles = (rows + TILE - 1) / TILE, all_slices = k / SLICE, slices = (all_slices + SPLIT - 1) / SPLIT;
+    int chunks = ONCE ? 1 : (slices + WARPS - 1) / WARPS, before_own = rank * slices;
     slices = slices < all_slices - before_own ? slices : all_slices - before_own;
     int columns = (m + 1) & ~1;  // that sums are kept for
     u64 row_bytes = (u64)all_slices * SLICE_BYTES;
@@ -142,10 +146,10 @@ few_rows(const u8* data, const u16* x, const void* bias, void* out, int n, int k
             for (int tile = 0; tile < tiles; ++tile) {
                 if (chunk * tiles + tile >= depth)
                     barrier_wait(empty + stage, parity ^ 1);
-                int row = tile * 16 + l.lane;
+                int row = tile * TILE + l.lane;
                 const u8* from = data + row * row_bytes + (u64)chunk * (WARPS * SLICE_BYTES);
                 u32 before = (u32)(u64)from & 15;
-                bool copies = WITHOUT != COPIES && l.lane < 16 && row < rows && nbytes;
+                bool copies = l.lane < TILE && row < rows && nbytes;
                 u32 copied = copies ? (before + nbytes + 15) & ~15u : 0;
                 copy_row(stages + stage * STAGE + l.lane * PITCH, from - before, copied, full + stage, l.lane);
                 if (chunk + tile == 0)
@@ -157,24 +161,26 @@ few_rows(const u8* data, const u16* x, const void* bias, void* out, int n, int k
     } else if (warp < WARPS) {
         u8* scratch = own + warp * PER_WARP;
         Floats4* zeros = (Floats4*)(scratch + SCRATCH);
+        // Slices of odd number take more instructions where rows begin with half a word. A quarter of the warps shares
+        // a scheduler, so not all of them should be in the same quarters.
+        int from = TYPE == Q6_K && (warp & 4) && (warp ^ 1) < WARPS ? warp ^ 1 : warp;
         Words4 raw[X_WORDS];
         wait_for_previous();
-        if (warp < slices)
-            request_x(raw, x + warp * SLICE, k, m, l);
+        if (from < slices)
+            request_x(raw, x + from * SLICE, k, m, l);
         sync_cluster();
         for (int chunk = 0; chunk < chunks; ++chunk) {
-            int slice = chunk * WARPS + warp;
+            int slice = chunk * WARPS + from;
             bool busy = slice < slices;
             Inputs inputs;
-            if (busy) {
-                if (chunk)
-                    request_x(raw, x + slice * SLICE, k, m, l);
+            if (busy)
                 order_x(inputs, raw, l, scratch, zeros);
-            }
+            if (!ONCE && slice + WARPS < slices)
+                request_x(raw, x + (slice + WARPS) * SLICE, k, m, l);
             // Where the slice begins in a row of a stage. Eight rows are a multiple of 16 bytes: all tiles are alike.
             u64 begins = (u64)data + (u64)chunk * (WARPS * SLICE_BYTES);
-            int row_at = l.g * PITCH + (u32)((begins + l.g * row_bytes) & 15) + warp * SLICE_BYTES;
-            int head_at = l.lane / 2 * PITCH + (u32)((begins + l.lane / 2 * row_bytes) & 15) + warp * SLICE_BYTES;
+            int row_at = l.g * PITCH + (u32)((begins + l.g * row_bytes) & 15) + from * SLICE_BYTES;
+            int head_at = l.lane / 2 * PITCH + (u32)((begins + l.lane / 2 * row_bytes) & 15) + from * SLICE_BYTES;
             l.shift = (row_at & 2) * 8, l.shift_head = (head_at & 2) * 8;
             bool shifted = TYPE == Q6_K && ((all_slices & 1) || (row_at & 2));
             row_at = kept(stages - shared + row_at), head_at = kept(stages - shared + head_at);
@@ -184,26 +190,40 @@ few_rows(const u8* data, const u16* x, const void* bias, void* out, int n, int k
             int sums_at = (warp * columns + l.c * 2) * 16 + (l.g ^ (l.c & 1) * 8);
             sums_at = kept((u8*)(partial + sums_at) - shared);
             int lower = kept(l.c & 1 ? -8 : 8);  // from row g to row g + 8
-            int wanted = kept(l.c * 2 < columns), again = kept(wanted && chunk), last = kept(chunk == chunks - 1);
-            int elected = kept(l.lane == 0);
-            for (int tile = 0; tile < tiles; ++tile, sums_at += WARPS * columns * 64) {
+            int sixteen = WARPS * columns * 16;  // from a sum to that of the next sixteen of rows
+            int wanted = kept(l.c * 2 < columns), again = kept(!ONCE && wanted && chunk);
+            int last = kept(ONCE || chunk == chunks - 1), elected = kept(l.lane == 0);
+            for (int tile = 0; tile < tiles; ++tile, sums_at += SIXTEENS * sixteen * 4) {
                 float* sums = (float*)(shared + sums_at);
-                float total[4];
-                total[0] = again ? sums[0] : 0, total[1] = again ? sums[16] : 0;
-                total[2] = again ? sums[lower] : 0, total[3] = again ? sums[lower + 16] : 0;
+                float total[SIXTEENS][4];
+#pragma unroll
+                for (int i = 0; i < SIXTEENS; ++i) {
+                    const float* so_far = sums + i * sixteen;
+                    total[i][0] = again ? so_far[0] : 0, total[i][1] = again ? so_far[16] : 0;
+                    total[i][2] = again ? so_far[lower] : 0, total[i][3] = again ? so_far[lower + 16] : 0;
+                }
                 barrier_wait(full + stage, parity);
-                if (busy && WITHOUT != ARITHMETIC) {
+                if (busy) {
                     const u8* slot = shared + stage * STAGE;
                     Places in = {slot + row_at, slot + own_at, slot + head_at, (const Floats4*)(shared + zeros_at),
                                  shared + scales_at, shared + scales_to};
-                    if (shifted)
-                        add_slice<true>(total, in, inputs, l);
+                    bool whole = SIXTEENS == 1 || rows - tile * TILE > 16;
+                    if (shifted && whole)
+                        add_slice<true, SIXTEENS>(total, in, inputs, l);
+                    else if (shifted)
+                        add_slice<true, 1>(total, in, inputs, l);
+                    else if (whole)
+                        add_slice<false, SIXTEENS>(total, in, inputs, l);
                     else
-                        add_slice<false>(total, in, inputs, l);
+                        add_slice<false, 1>(total, in, inputs, l);
                 }
                 if (wanted) {
-                    sums[0] = total[0], sums[16] = total[1];
-                    sums[lower] = total[2], sums[lower + 16] = total[3];
+#pragma unroll
+                    for (int i = 0; i < SIXTEENS; ++i) {
+                        float* to = sums + i * sixteen;
+                        to[0] = total[i][0], to[16] = total[i][1];
+                        to[lower] = total[i][2], to[lower + 16] = total[i][3];
+                    }
                 }
                 __syncwarp();
                 if (elected) {
@@ -215,31 +235,40 @@ few_rows(const u8* data, const u16* x, const void* bias, void* out, int n, int k
                     stage = 0, parity ^= 1;
             }
         }
-    } else {
-        int row = l.lane % 16;
+    } else {  // a lane sums up four rows of a column
+        int column = l.lane / 4, four = l.lane % 4 * 4;
         sync_cluster();
         wait_for_previous();
         for (int tile = rank; tile < tiles; tile += SPLIT) {
-            bool stored = tile * 16 + row < rows;
-            u64 at = first + tile * 16 + row;
-            float plus = 0;
-            if (stored && bias_is == 1)
-                plus = ((const float*)bias)[at];
-            else if (stored && bias_is == 2) {
-                u32 b = ((const u16*)bias)[at];
-                plus = X_IS_F16 ? f16_low(b) : number(b << 16);
+            float y[SIXTEENS][4], plus[SIXTEENS][4];
+#pragma unroll
+            for (int i = 0; i < TILE / 4; ++i) {
+                int row = tile * TILE + i / 4 * 16 + four + i % 4;
+                y[i / 4][i % 4] = plus[i / 4][i % 4] = 0;
+                if (row < rows && bias_is == 1)
+                    plus[i / 4][i % 4] = ((const float*)bias)[first + row];
+                else if (row < rows && bias_is == 2) {
+                    u32 b = ((const u16*)bias)[first + row];
+                    plus[i / 4][i % 4] = X_IS_F16 ? f16_low(b) : number(b << 16);
+                }
             }
-            const float* from = partial + tile * WARPS * columns * 16;
+            const float* sums = partial + (tile * SIXTEENS * WARPS * columns + column) * 16 + (four ^ (column & 2) * 4);
             barrier_wait(done + tile, 0);
-#pragma unroll 4
-            for (int column = l.lane / 16; column < columns; column += 2) {
-                float y = 0;
+            if (column < m) {
                 for (int part = 0; part < SPLIT; ++part)
 #pragma unroll
-                    for (int w = 0; w < WARPS; ++w)
-                        y += read_in(from + (w * columns + column) * 16 + (row ^ (column & 2) * 4), part);
-                if (stored && column < m)
-                    store(out, column * (u64)n + at, fmaf(y, 0x1p69f, plus));
+                    for (int w = 0; w < SIXTEENS * WARPS; ++w) {
+                        Floats4 more = read_in((const Floats4*)(sums + w * columns * 16), part);
+#pragma unroll
+                        for (int i = 0; i < 4; ++i)
+                            y[w / WARPS][i] += more.at[i];
+                    }
+#pragma unroll
+                for (int i = 0; i < TILE / 4; ++i) {
+                    int row = tile * TILE + i / 4 * 16 + four + i % 4;
+                    if (row < rows)
+                        store(out, column * (u64)n + first + row, fmaf(y[i / 4][i % 4], 0x1p69f, plus[i / 4][i % 4]));
+                }
             }
         }
     }

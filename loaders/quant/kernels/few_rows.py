@@ -1,0 +1,207 @@
+"""How cuda/few_rows.cu is cut up for a weight, a number of rows and a GPU. Plain arithmetic: needs no GPU or Triton.
+
+A program holds x for its columns in registers and streams its rows of the weight through shared memory, so what there
+is to choose is how many warps share a row, how many rows are on their way at once, and whether two programs share rows
+that are long and few. The cuts are measured on an H200: benchmarks/results/few_rows_h200.txt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil
+
+import torch
+
+from ...gguf.types import BLOCKS, GGMLType
+
+SLICE = 256  # columns of a warp
+ROWS = 8  # of x, at most
+HEAD = 1024  # bytes of shared memory for barriers, and the tiles and stages that these are enough for
+TILES, STAGES = 100, 14
+HOPPER = 200 * 1024  # a program may have more shared memory only where there are clusters
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Of a type. Attributes:
+    words: that a lane reads at once, which is what rows must not share banks for.
+    sixteens: of rows in a tile that makes all of a program's share, at most.
+    split: programs that share rows which are long and few: where the weight's bytes take longer than the products, x is
+        better asked for once again.
+    """
+
+    words: int = 1
+    sixteens: int = 2
+    split: int = 2
+
+
+TYPES = {
+    GGMLType.Q8_0: Facts(sixteens=1, split=1),
+    GGMLType.Q4_0: Facts(),
+    GGMLType.Q4_K: Facts(words=2),
+    GGMLType.Q6_K: Facts(),
+    GGMLType.Q5_K: Facts(words=2),
+    GGMLType.Q5_0: Facts(),
+    GGMLType.Q4_1: Facts(),
+    GGMLType.Q5_1: Facts(),
+}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Attributes:
+    warps: of a program that multiply, at most; a program has two more, one copies and one sums up.
+    stages: sixteens of rows, or of parts of rows, that a program has room for, at most.
+    split: programs that share the columns of the same rows, 1 or 2; 0 to choose.
+    sixteens: of rows in a tile, 1 or 2; 0 to choose.
+    """
+
+    warps: int = 12
+    stages: int = 4
+    split: int = 0
+    sixteens: int = 0
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Attributes:
+    multiprocessors: how many there are.
+    shared: bytes of a multiprocessor's memory that a program may have.
+    """
+
+    multiprocessors: int
+    shared: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A product of `m` rows of x by a weight of `n` rows and `k` columns on a GPU.
+
+    Raises:
+        ValueError: there is no program for that, or it does not fit the GPU.
+    """
+
+    ggml_type: GGMLType
+    n: int
+    k: int
+    m: int
+    gpu: Gpu
+    cut: Cut = Cut()
+
+    def __post_init__(self) -> None:
+        if self.ggml_type not in TYPES or self.k % SLICE or not 0 < self.m <= ROWS or not self.n or not self.k:
+            raise ValueError(
+                f"{self.m} rows of x times {self.n} x {self.k} of {self.ggml_type.name}: there is a program for "
+                f"1 to {ROWS} rows, columns in {SLICE}s, and " + ", ".join(t.name for t in TYPES)
+            )
+
+    @property
+    def slice_bytes(self) -> int:
+        layout = BLOCKS[self.ggml_type]
+        return SLICE // layout.elements * layout.nbytes
+
+    @cached_property
+    def sixteens(self) -> int:
+        """Two only where they make one tile of a program's share, and if there is room for two such tiles: they hide
+        each other's latencies, but in a row of tiles the next one comes later than it would."""
+        rows = ceil(self.n / self.groups)
+        if self.cut.sixteens:
+            return self.cut.sixteens
+        fits = self._shared(2, 1, self._most_warps, 2) <= self.gpu.shared
+        return TYPES[self.ggml_type].sixteens if 16 < rows <= 32 and fits else 1
+
+    @property
+    def tile(self) -> int:
+        """Rows of the weight that are multiplied at once."""
+        return 16 * self.sixteens
+
+    @cached_property
+    def split(self) -> int:
+        goes = ceil(self.k / SLICE / self.cut.warps)
+        if self.cut.split or goes == 1 or self.n > 64 * self.gpu.multiprocessors or self.gpu.shared < HOPPER:
+            return self.cut.split or 1
+        return TYPES[self.ggml_type].split
+
+    @cached_property
+    def groups(self) -> int:
+        """Programs, or clusters of them, that run at once."""
+        return max(1, self.gpu.multiprocessors // self.split)
+
+    @property
+    def slices(self) -> int:
+        """Of a program."""
+        return ceil(self.k / SLICE / self.split)
+
+    @property
+    def _most_warps(self) -> int:
+        return ceil(self.slices / ceil(self.slices / self.cut.warps))
+
+    @cached_property
+    def warps(self) -> int:
+        """As few as need not go over the tiles more often, and no more than there is shared memory for."""
+        tiles = ceil(self.n / self.groups / self.tile)
+        fitting = 1
+        for goes in range(ceil(self.slices / self.cut.warps), self.slices + 1):
+            fitting = ceil(self.slices / goes)
+            if self._shared(2, min(tiles, TILES), fitting, self.sixteens) <= self.gpu.shared:
+                break
+        return fitting
+
+    @property
+    def pitch(self) -> int:
+        return self._pitch(self.warps)
+
+    def _pitch(self, warps: int) -> int:
+        """From a row of a stage to the next: a multiple of 16 that takes the rows to different banks."""
+        chunks = ceil(warps * self.slice_bytes / 16) + (self.slice_bytes % 16 != 0)
+        return 16 * (chunks + (1 - chunks % 2 if TYPES[self.ggml_type].words == 1 else (2 - chunks) % 4))
+
+    def _shared(self, stages: int, tiles: int, warps: int, sixteens: int) -> int:
+        portion, spread, groups = (128, 80, 16) if self.ggml_type is GGMLType.Q6_K else (64, 48, 8)
+        scratch = max(8 * (portion * 2 + 16), 16 * sixteens * spread)
+        zeros = 0 if self.ggml_type in (GGMLType.Q4_K, GGMLType.Q5_K) else groups * 64
+        sums = tiles * sixteens * ceil(self.m / 2) * 128
+        return HEAD + stages * 16 * sixteens * self._pitch(warps) + warps * (scratch + zeros + sums)
+
+    @cached_property
+    def stages_and_rows(self) -> tuple[int, int]:
+        """Stages, each for a tile, as many as there is room for, and rows of the weight for a program."""
+        rows = ceil(self.n / self.groups)
+        tiles = ceil(rows / self.tile)
+        for stages in range(max(2, min(self.cut.stages // self.sixteens, STAGES)), 1, -1):
+            if tiles <= TILES and self._shared(stages, tiles, self.warps, self.sixteens) <= self.gpu.shared:
+                return stages, rows
+        tiles = min(tiles, TILES)  # more programs than run at once, then
+        while tiles and self._shared(2, tiles, self.warps, self.sixteens) > self.gpu.shared:
+            tiles -= 1
+        if not tiles:
+            raise ValueError(f"{self} does not fit into shared memory")
+        return 2, tiles * self.tile
+
+    @property
+    def shared(self) -> int:
+        stages, rows = self.stages_and_rows
+        return self._shared(stages, ceil(rows / self.tile), self.warps, self.sixteens)
+
+    @property
+    def grid(self) -> int:
+        return ceil(self.n / self.stages_and_rows[1]) * self.split
+
+    @property
+    def threads(self) -> int:
+        return (self.warps + 2) * 32
+
+    def definitions(self, x: torch.dtype, out: torch.dtype) -> tuple[str, ...]:
+        """What the source is compiled with, for the types of x, bfloat16 or float16, and of the result."""
+        facts = {
+            "TYPE": int(self.ggml_type),
+            "X_IS_F16": int(x == torch.float16),
+            "OUT_IS_F32": int(out == torch.float32),
+            "WARPS": self.warps,
+            "PITCH": self.pitch,
+            "SPLIT": self.split,
+            "SIXTEENS": self.sixteens,
+            "ONCE": int(self.slices <= self.warps),
+        }
+        return tuple(f"-D{name}={value}" for name, value in facts.items())
