@@ -9,6 +9,9 @@ ComfyUI on a GPU. Within it the rows take turns (A B A B):
     on      with Block Swap, everything fits
     N %     that share of the blocks streams, spread evenly; 100 % is everything that may stream
 
+A step's time is the median, and in brackets the least, of the steps after those in which blocks are timed. `host` is
+the part of it until the thread that computes has enqueued everything, `busy` how long that thread had a core meanwhile:
+where host is nearly all of the step Python binds, and where it is longer than busy something else was in the way.
 `ideal` is what a step cannot be faster than: the larger of its compute (the faster of `off` and `on`) and its streamed
 bytes at the link's measured rate. `equal` is whether the latent is the same bit for bit as that of `off`, where two
 runs of `off` are. Host memory is anonymous plus shared, above what the process held before the model was loaded: half
@@ -22,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import itertools
 import json
 import signal
 import subprocess
@@ -46,15 +48,16 @@ class Case:
     context: tuple[int, ...]
     conditioning: dict[str, Any]
     shares: tuple[float, ...]
-    steps: int = 9  # blocks are timed in the first three of every run: the median is of the others
-    warm_up: int = 4  # the plan follows what was measured in these three
+    steps: int = 11
+    timed: int = 3  # the first steps of a run, in which blocks are timed: the times of the others count
+    warm_up: int = 4  # the plan follows what was measured in those three
 
 
 POOLED = {"pooled_output": (1, 768), "guidance": 3.5}
 CASES = {
     "flux": Case("flux", "Q8_0", (1, 16, 128, 128), (1, 256, 4096), POOLED, (0.25, 0.5, 1.0)),
     "flux-256px": Case("flux", "Q8_0", (1, 16, 32, 32), (1, 256, 4096), POOLED, (1.0,)),
-    "wan-video": Case("wan", "Q4_K", (1, 16, 21, 60, 104), (1, 512, 4096), {}, (1.0,), steps=2, warm_up=1),
+    "wan-video": Case("wan", "Q4_K", (1, 16, 21, 60, 104), (1, 512, 4096), {}, (1.0,), steps=2, timed=1, warm_up=1),
     "qwen-image": Case("qwen_image", "Q4_K", (1, 16, 1, 128, 128), (1, 256, 3584), {}, (0.5, 1.0)),
     "sdxl": Case("sdxl", "Q8_0", (1, 4, 128, 128), (1, 77, 2048), {"pooled_output": (1, 1280)}, (0.25, 0.5, 1.0)),
 }
@@ -92,14 +95,15 @@ def work(case: Case, path: Path, rounds: int) -> dict[str, Any]:
         torch.randn(64, 64, device="cuda") @ torch.randn(64, 64, device="cuda")  # CUDA's own memory is not the model's
         before = _host_memory()
         wanted: dict[str, float | None] = {"off": None, "on": 0.0, **{f"{s:.0%}": s for s in case.shares}}
-        rows: dict[str, dict[str, Any]] = {name: {"steps_ms": []} for name in wanted}
+        rows: dict[str, dict[str, Any]] = {name: {f"{kind}s_ms": [] for kind in KINDS} for name in wanted}
         reference = None
         for turn in range(rounds):
             for name, share in list(wanted.items())[:: 1 if turn % 2 == 0 else -1]:
                 model, row = streamed(share), rows[name]
                 _sample(model, case, case.warm_up)
-                stamps, latent = _sample(model, case, case.steps)
-                row["steps_ms"] += [1e3 * (b - a) for a, b in itertools.pairwise(stamps)]
+                steps, latent = _sample(model, case, case.steps)
+                for kind in KINDS:
+                    row[f"{kind}s_ms"] += [1e3 * getattr(step, kind) for step in steps[case.timed :]]
                 reference = latent if reference is None else reference
                 row["finite"] = bool(latent.isfinite().all())
                 row["equal"] = row.get("equal", True) and torch.equal(latent, reference)
@@ -114,7 +118,8 @@ def work(case: Case, path: Path, rounds: int) -> dict[str, Any]:
                 comfy.model_management.soft_empty_cache()
                 row["left_vram_gb"] = torch.cuda.memory_allocated() / 1e9
     for row in rows.values():
-        row["step_ms"] = median(row["steps_ms"])
+        for kind in KINDS:
+            row[f"{kind}_ms"], row[f"least_{kind}_ms"] = median(row[f"{kind}s_ms"]), min(row[f"{kind}s_ms"])
     compute = min(rows["off"]["step_ms"], rows["on"]["step_ms"])
     for row in rows.values():
         row["ideal_ms"] = max(compute, row.get("copy_ms", 0))
@@ -147,7 +152,20 @@ def _host_memory() -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon", "RssShmem")))
 
 
-def _sample(model: Any, case: Case, steps: int) -> tuple[list[float], Any]:
+@dataclass(frozen=True)
+class Step:
+    """Seconds of one step."""
+
+    step: float  # until the GPU had done it
+    host: float  # until the thread had enqueued it
+    busy: float  # that the thread ran meanwhile
+
+
+KINDS = ("step", "host", "busy")
+
+
+def _sample(model: Any, case: Case, steps: int) -> tuple[list[Step], Any]:
+    """The steps of a run and its latent."""
     import comfy.sample
     import torch
 
@@ -158,17 +176,21 @@ def _sample(model: Any, case: Case, steps: int) -> tuple[list[float], Any]:
 
     noise = torch.randn(case.latent, generator=generator)
     condition = [[tensor(case.context), {key: tensor(value) for key, value in case.conditioning.items()}]]
-    stamps: list[float] = []
+    taken: list[Step] = []
+    began, ran = time.perf_counter(), time.thread_time()
 
     def on_step(*_: object) -> None:
+        nonlocal began, ran
+        host, busy = time.perf_counter() - began, time.thread_time() - ran
         torch.cuda.synchronize()
-        stamps.append(time.perf_counter())
+        taken.append(Step(time.perf_counter() - began, host, busy))
+        began, ran = time.perf_counter(), time.thread_time()
 
     latent = comfy.sample.sample(
         model, noise, steps, 1.0, "euler", "simple", condition, condition, torch.zeros_like(noise),
         callback=on_step, disable_pbar=True, seed=1,
     )  # fmt: skip
-    return stamps, latent
+    return taken, latent
 
 
 def report(name: str, rows: dict[str, dict[str, Any]], say: Callable[[str], None]) -> None:
@@ -176,9 +198,13 @@ def report(name: str, rows: dict[str, dict[str, Any]], say: Callable[[str], None
     say(f"{name}: {case.shapes} {case.kind}, latent {case.latent}")
     for share, row in rows.items():
         say(
-            f"  {share:>5}  step {row['step_ms']:8.1f} ms  ideal {row['ideal_ms']:8.1f}  "
-            f"x {row['step_ms'] / row['ideal_ms']:.3f}  equal {row['equal']} ({row['difference']:.1e})  "
-            f"VRAM {row['vram_gb']:5.2f} GB, {row['left_vram_gb']:.2f} after unloading  host +{row['host_gb']:.2f} GB"
+            f"  {share:>5}  step {row['step_ms']:8.1f} ms ({row['least_step_ms']:.1f})  "
+            f"host {row['host_ms']:.1f} ({row['least_host_ms']:.1f}), busy {row['busy_ms']:.1f}  "
+            f"ideal {row['ideal_ms']:8.1f}  x {row['step_ms'] / row['ideal_ms']:.3f}"
+        )
+        say(
+            f"         equal {row['equal']} ({row['difference']:.1e})  VRAM {row['vram_gb']:5.2f} GB, "
+            f"{row['left_vram_gb']:.2f} after unloading  RAM +{row['host_gb']:.2f} GB"
         )
         for key in ("plan", "source"):
             if key in row:

@@ -13,7 +13,7 @@ import torch
 
 from .device import Device
 from .plan import StreamPlan
-from .slots import Slot
+from .runs import Run
 from .source import Choice
 from .streamer import BlockStreamer
 
@@ -26,7 +26,7 @@ class Streaming:
     """Owns the streamer and, through it, the source; both close with it.
 
     Args:
-        slots: the weights of every block, in the order of the plan's `tensor_bytes`.
+        runs: the weights of every block, in the order of the plan's `tensor_bytes`.
         account: told how many bytes of RAM of its own the source keeps locked, and the same less when it closes.
 
     Raises:
@@ -37,14 +37,14 @@ class Streaming:
         self,
         plan: StreamPlan,
         choice: Choice,
-        slots: Sequence[Sequence[Slot]],
+        runs: Sequence[Sequence[Run]],
         device: Device,
         account: Callable[[int], None],
     ) -> None:
         self.choice = choice
         self.streamer = BlockStreamer(plan, choice.source, device)
-        self._slots = slots
-        self._streamed = [slots[copy.block][copy.tensor] for copy in plan.copies]
+        self._runs = runs
+        self._streamed = [slot for copy in plan.copies for slot in runs[copy.block][copy.tensor].slots]
         self._swaps: list[list[Swap]] = []  # of each block; made when it is entered first
         self._made_in_inference = False
         self._inside: int | None = None
@@ -97,10 +97,9 @@ class Streaming:
         inference = torch.is_inference_mode_enabled()
         if not self._swaps or self._made_in_inference != inference:
             # A tensor subclass works only in the mode that it was made in.
-            self._swaps, self._made_in_inference = [[] for _ in self._slots], inference
+            self._swaps, self._made_in_inference = [[] for _ in self._runs], inference
         if views and not self._swaps[block]:
-            slots = [(self._slots[block][tensor], view) for tensor, view in views.items()]
-            over = [(slot, slot.over(view)) for slot, view in slots]
+            over = [pair for tensor, view in views.items() for pair in self._runs[block][tensor].over(view)]
             self._swaps[block] = [(m._parameters, n, there, slot.home) for slot, there in over for m, n in slot.owners]
         return self._swaps[block]
 

@@ -25,6 +25,7 @@ from comfy_extras.nodes_model_advanced import ModelSamplingSD3  # isort: skip
 from comfy_kitchen.tensor import QuantizedTensor
 from host.model_checks import FOLDER, GGUF, ON_GPU, SAFETENSORS, reference
 from pack.loaders.diffusion import load_diffusion_model
+from pack.offload import runs
 from pack.offload.attach import apply_block_swap, stream
 from pack.offload.costs import SwapRequest
 from pack.offload.plan import BudgetTooSmallError, make_plan
@@ -142,6 +143,26 @@ def check_every_plan_gives_the_same_latent() -> None:
             assert all(torch.equal(run, resident) for run in runs), f"{kind}, {name}"
             assert bool(residency_of(candidate).plan.copies) == (name != "nothing"), (kind, name)
         assert close_to(latent(model), expected), f"{kind}: the model itself changed"
+
+
+def check_weights_side_by_side_are_copied_in_one_piece() -> None:
+    """As those of large models are: `runs` joins what is small against the model, and this one's weights are not."""
+    before = runs.SHARE
+    runs.SHARE = 3
+    try:
+        for name in ("everything", "every second block", "from disk", "from pinned memory"):
+            for kind, model, expected, swapped in pairs(**DIALS[name]):
+                assert all(close_to(latent(swapped), expected) for _ in range(2)), (kind, name)
+                residency = residency_of(swapped)
+                copied = [residency._runs[copy.block][copy.tensor] for copy in residency.plan.copies]
+                weights = sum(len(run.slots) for run in copied)
+                in_file = kind == "gguf"  # the host may have loaded its own into memory
+                assert (weights > len(copied)) or not in_file, f"{name}: {len(copied)} copies of {weights} weights"
+                assert close_to(latent(base.with_lora(swapped)), latent(base.with_lora(model))), (kind, name)
+                comfy.model_management.unload_all_models()
+                assert same_bytes(bytes_of(swapped), bytes_of(model)), (kind, name)
+    finally:
+        runs.SHARE = before
 
 
 def check_inference_mode_of_the_executor() -> None:
