@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -125,3 +126,28 @@ def write(path: Path, kind: Type, architecture: str, shapes: Shapes, sparse: boo
                 left -= file.write(pattern[:left])
         # Alignment after the last tensor, and what a sparse file was not given.
         return file.truncate(file.tell() + -file.tell() % gguf.GGUF_DEFAULT_ALIGNMENT)
+
+
+def flux_autoencoder() -> dict[str, Any]:
+    """FLUX's VAE with the values that its layers begin with."""
+    import torch
+    from comfy.ldm.models.autoencoder import AutoencodingEngine
+
+    sizes = {
+        "double_z": True, "z_channels": 16, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128,
+        "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    half = "comfy.ldm.modules.diffusionmodules.model"
+    network = AutoencodingEngine(
+        regularizer_config={"target": "comfy.ldm.models.autoencoder.DiagonalGaussianRegularizer"},
+        encoder_config={"target": f"{half}.Encoder", "params": sizes},
+        decoder_config={"target": f"{half}.Decoder", "params": sizes},
+    )
+    made = {name: torch.empty_like(value) for name, value in network.state_dict().items()}
+    for name, value in made.items():
+        if value.dim() < 2:
+            value.fill_(float(name.endswith("weight")))
+        else:
+            torch.nn.init.kaiming_uniform_(value, a=5**0.5)
+    return made

@@ -11,8 +11,10 @@ and `alone` in processes of their own, `alone` first and last:
     MODE       the next pictures of a queue, from the text to the pixels, after one that warms up
     switch     from the beginning of a stage to its model being loaded, with what had to leave: its bytes on the device
                over that time, beside the rate of one copy from pinned memory
-    dispose    the process's memory before the two models are loaded (the VAE, of the host's own loader, has run then),
-               in use, and after Release Memory has disposed of all; in the first mode, once more
+    dispose    the process's memory before the two models are loaded, in use, and after Release Memory has disposed of
+               all; in the first mode, once more. Before that a picture is made of the same models, loaded for it alone
+               and disposed of, because what Triton, CUDA's libraries and Python load at their first use stays: "fresh"
+               is the memory before that
 
 The files are random with finite scales and are written to DIR when they are missing (18 GB). PYTHONPATH must hold
 ComfyUI and its packages; `dev.py bench` sees to that. `--small` has small networks and
@@ -26,6 +28,7 @@ import asyncio
 import ctypes
 import gc
 import importlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -87,31 +90,6 @@ def load_both(folder: Path, size: Size) -> tuple[Any, Any]:
     return clip, model
 
 
-def autoencoder() -> dict[str, Any]:
-    """FLUX's VAE with the values that its layers begin with."""
-    import torch
-    from comfy.ldm.models.autoencoder import AutoencodingEngine
-
-    sizes = {
-        "double_z": True, "z_channels": 16, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128,
-        "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    half = "comfy.ldm.modules.diffusionmodules.model"
-    network = AutoencodingEngine(
-        regularizer_config={"target": "comfy.ldm.models.autoencoder.DiagonalGaussianRegularizer"},
-        encoder_config={"target": f"{half}.Encoder", "params": sizes},
-        decoder_config={"target": f"{half}.Decoder", "params": sizes},
-    )
-    made = {name: torch.empty_like(value) for name, value in network.state_dict().items()}
-    for name, value in made.items():
-        if value.dim() < 2:
-            value.fill_(float(name.endswith("weight")))
-        else:
-            torch.nn.init.kaiming_uniform_(value, a=5**0.5)
-    return made
-
-
 class Studio:
     """Makes pictures and notes when what began and how much was loaded for it."""
 
@@ -135,6 +113,12 @@ class Studio:
         took = time.perf_counter() - self._began
         self.switches.append({"to": self._stage, "seconds": took, "bytes": loaded})
         return result
+
+    def close(self) -> None:
+        """Let the host load by itself again."""
+        import comfy.model_management
+
+        comfy.model_management.load_models_gpu = self._load
 
     def stage(self, name: str, given: Any) -> Any:
         self._stage, self._began = name, time.perf_counter()
@@ -230,21 +214,25 @@ def worker(case: str, args: argparse.Namespace) -> dict:
 
 
 def measured(case: str, args: argparse.Namespace) -> dict:
+    import _model_files
     import comfy.sd
     import torch
 
     size, link = SIZES[args.small], copies_gb_s()
     torch.cuda.empty_cache()
     hold_back(0 if case == "alone" else args.free)
-    vae = comfy.sd.VAE(sd=autoencoder())
+    vae = comfy.sd.VAE(sd=_model_files.flux_autoencoder())
     vae.decode(torch.zeros(1, 16, size.side, size.side))  # CUDA's libraries are loaded, too
     unload_all()
+    fresh = memory_mb()
+    once = Studio(*arranged(case, args.work, size, vae), size, args.steps)
+    once.picture()
+    disposed(once, again=False)
+    once.close()
+    del once
+    gc.collect()
     before = memory_mb()
-    clip, model = load_both(args.work, size)
-    attached = importlib.import_module("nodes").NODE_CLASS_MAPPINGS["SluiceOffloadMode"]
-    if case != "alone":
-        model, clip, vae = attached.execute(mode=case, model=model, clip=clip, vae=vae).args
-    studio = Studio(clip, model, vae, size, args.steps)
+    studio = Studio(*arranged(case, args.work, size, vae), size, args.steps)
     image = studio.picture()
     assert bool(image.isfinite().all()), "the picture has no numbers"
     result: dict[str, Any] = {"case": case, "link_gb_s": link, "pictures": []}
@@ -258,10 +246,19 @@ def measured(case: str, args: argparse.Namespace) -> dict:
         result["pictures"].append({**studio.seconds, "total": time.perf_counter() - start})
         assert torch.equal(again, image), "the same picture came out differently"
     result["switches"] = list(studio.switches)
-    result["memory_mb"] = {"before": before, **disposed(studio, again=case == MODES[0])}
+    result["memory_mb"] = {"fresh": fresh, "before": before, **disposed(studio, again=case == MODES[0])}
     if torch.cuda.is_available():
         result["peak_reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
     return result
+
+
+def arranged(case: str, folder: Path, size: Size, vae: Any) -> tuple[Any, Any, Any]:
+    """CLIP, MODEL and VAE, behind an Offload Mode node if the case is one of its modes."""
+    clip, model = load_both(folder, size)
+    if case != "alone":
+        attached = importlib.import_module("nodes").NODE_CLASS_MAPPINGS["SluiceOffloadMode"]
+        model, clip, vae = attached.execute(mode=case, model=model, clip=clip, vae=vae).args
+    return clip, model, vae
 
 
 def unload_all() -> None:
@@ -334,7 +331,7 @@ def main() -> None:
             case,
         ]
         start = time.perf_counter()
-        done = subprocess.run([sys.executable, str(Path(__file__).resolve()), *options], capture_output=True, text=True)
+        done = subprocess.run([*inside_the_host(), *options], capture_output=True, text=True)
         print(f"{case}: {time.perf_counter() - start:.0f} s in all", flush=True)
         if role == "make":
             assert done.returncode == 0, done.stderr[-3000:]
@@ -346,6 +343,14 @@ def main() -> None:
     print(compared(found), flush=True)
     report = {"hardware": hardware(), "free_gb": args.free, "steps": args.steps, "command": " ".join(sys.argv)}
     args.out.write_text(json.dumps({**report, "results": found}, indent=1), encoding="utf-8")
+
+
+def inside_the_host() -> list[str]:
+    """This script as `dev.py bench` began it."""
+    comfy = importlib.util.find_spec("comfy")
+    assert comfy is not None and comfy.submodule_search_locations, "PYTHONPATH does not hold ComfyUI"
+    host = str(Path(comfy.submodule_search_locations[0]).parent)
+    return [sys.executable, str(HERE.parent / "tools" / "launch.py"), host, str(Path(__file__).resolve())]
 
 
 def told(found: dict) -> str:

@@ -1,14 +1,14 @@
 """Bring weights to the device to stay there: one pass over the link where their file's pages can be locked.
 
-Pages are locked a stretch at a time (`stretches`), so this needs no memory and leaves nothing behind. Where that is
-refused the bytes go the slow way, through the driver's own buffer. What of the file is not cached is read before, so
-that whoever watches can see how far that is, and end it.
+Pages are locked a stretch at a time (`stretches`), so this needs no memory and leaves nothing behind but what is to
+stay locked for the next time (`kept`). Where that is refused the bytes go the slow way, through the driver's own
+buffer. What of the file is not cached is read before, so that whoever watches can see how far that is, and end it.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import psutil
 import torch
@@ -17,6 +17,7 @@ from ..loaders.read_ahead import Told, Watch, read_ahead, unwatched
 from .device import Device
 from .errors import SourceError
 from .files import OpenFiles, Weight
+from .kept import KeptPages
 from .slots import Located, Slot
 from .stretches import copied
 
@@ -33,12 +34,14 @@ def bring(
     located: Located,
     may_pin: bool,
     watch: Watch = unwatched,
+    kept: KeptPages | None = None,
 ) -> list[torch.nn.Parameter]:
     """The weights of `slots` as parameters on `device`, complete when this returns; where they are now is not changed.
 
     Args:
         dtype_of: what a plain weight becomes on the way; None leaves it as it is.
         watch: told of the bytes; what it raises leaves nothing on the device.
+        kept: where pages are locked already, and stay so.
 
     Raises:
         torch.OutOfMemoryError: nothing of them stays on the device.
@@ -50,9 +53,9 @@ def bring(
         for k, (slot, weight) in enumerate(zip(slots, weights, strict=True))
         if weight.file is not None and weight.nbytes and dtype_of(slot) in (None, slot.home.dtype)
     }
-    _read_ahead(weights, watch)
+    _read_ahead([weight for weight in weights if weight.file is not None and not _is_locked(weight, kept)], watch)
     with watch("copying weights", sum(weight.nbytes for weight in weights)) as told:
-        there = _through_locked_pages(as_stored, device, may_pin, told)
+        there = _through_locked_pages(as_stored, device, may_pin, told, kept)
         arrived = []
         for k, slot in enumerate(slots):
             if k in there:
@@ -64,21 +67,24 @@ def bring(
 
 
 def _through_locked_pages(
-    weights: Mapping[int, Weight], device: Device, may_pin: bool, told: Told
+    weights: Mapping[int, Weight], device: Device, may_pin: bool, told: Told, kept: KeptPages | None
 ) -> dict[int, torch.Tensor]:
     """The bytes of those that could go this way."""
     refusal = device.registrar.read_only_refusal() if may_pin else "pinned memory is switched off"
     there: dict[int, torch.Tensor] = {}
     if refusal is None and sum(weight.nbytes for weight in weights.values()) >= WORTH_LOCKING:
-        there, refusal = copied(weights, device, told)
+        there, refusal = copied(weights, device, told, kept)
     if refusal:
         log.debug("weights go to the GPU through pageable memory: %s", refusal)
     return there
 
 
-def _read_ahead(weights: Iterable[Weight], watch: Watch) -> None:
-    """Those that lie in files, which the mapping of a file would have the system read page by page."""
-    in_files = [weight for weight in weights if weight.file is not None]
+def _is_locked(weight: Weight, kept: KeptPages | None) -> bool:
+    return kept is not None and kept.holds(weight)
+
+
+def _read_ahead(in_files: Sequence[Weight], watch: Watch) -> None:
+    """Which the mapping of a file would have the system read page by page."""
     if sum(weight.nbytes for weight in in_files) > SHARE_OF_FREE_RAM * psutil.virtual_memory().available:
         return
     try:

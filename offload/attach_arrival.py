@@ -22,6 +22,7 @@ from .arrival import bring
 from .attach_unified import candidates
 from .device import device_for
 from .errors import SourceError
+from .kept import kept_of, left
 from .location import located
 from .streamed_patcher import residency_of
 
@@ -62,7 +63,7 @@ class ArrivingPatcher(PatchingAtUse):
             return
         try:
             check_files(self.model)
-            arrived = bring(slots, there, lambda slot: None, located, True, watched)
+            arrived = bring(slots, there, lambda slot: None, located, True, watched, kept_of(self.model))
         except SourceError as error:
             check_files(self.model)
             log.debug("the host loads %s: %s", type(self.model).__name__, error)  # moved, and still sound where mapped
@@ -73,6 +74,11 @@ class ArrivingPatcher(PatchingAtUse):
         for slot, parameter in zip(slots, arrived, strict=True):
             for layer, name in slot.owners:
                 layer.show_away(name, parameter)  # type: ignore[operator]
+
+    def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
+        super().unpatch_model(device_to, unpatch_weights)
+        if device_to is not None and unpatch_weights:
+            left(self.model)
 
 
 @cache

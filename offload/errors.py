@@ -36,3 +36,7 @@ class ArenaError(StreamError):
 
 class RefusedError(Exception):
     """A rung of the source ladder cannot be used here; its text is the reason. Normal, and answered by the next."""
+
+
+class NoRoomToLockError(RefusedError):
+    """It would be allowed if less were locked already."""

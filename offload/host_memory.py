@@ -14,16 +14,19 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from ..loaders.read_ahead import Told, Watch, patiently, unwatched
 from ..loaders.sizes import aligned, size
 from .device import Device, Stream
-from .errors import RefusedError
+from .errors import NoRoomToLockError, RefusedError
 from .files import Key, OpenFiles, Weight, streamed_bytes
 from .registration import Registrar
+
+if TYPE_CHECKING:
+    from .kept import KeptPages
 
 CHUNK_BYTES = 256 << 20  # one registration; a limit on locked memory then shows before all has been read
 READ_BYTES = 8 << 20  # one read
@@ -66,6 +69,7 @@ class Request:
     may_pin: bool = True
     threads: int = 8
     watch: Watch = unwatched  # around what takes long; its exceptions end the work
+    kept: KeptPages | None = None  # pages of the files that are locked already, and stay so
 
     @property
     def in_files(self) -> dict[Key, Weight]:
@@ -178,7 +182,8 @@ def hold_pinned(source: HostSource, weights: Mapping[Key, Weight], request: Requ
     """Add `weights`, read or copied into chunks of pinned memory; all or, with RefusedError, none of them."""
     needed = sum(aligned(weight.nbytes) for weight in weights.values())
     if source.pinned_bytes + needed > request.ram_budget_bytes:
-        raise RefusedError(f"it needs {size(needed)} of RAM, and {size(request.ram_budget_bytes)} may be pinned")
+        may = size(request.ram_budget_bytes)
+        raise NoRoomToLockError(f"it needs {size(needed)} of RAM, and {may} may be pinned")
     buffers: list[HostBuffer] = []
     try:
         with request.watch("copying weights to pinned memory", streamed_bytes(weights)) as told:

@@ -5,6 +5,8 @@ quietly copies every page of it into anonymous memory. Only the pages that strea
 pieces of a bounded size. The CPU never touches the mapping, so that a file that is cut off meanwhile cannot kill the
 process: the registered pages stay until they are unregistered, and `check` reports the change.
 
+Of a model that leaves VRAM for a stage and comes back, the pages stay registered in between (`kept`).
+
 Registering reads what is not cached, with nobody told and at less than the disk's speed; so that is read before.
 """
 
@@ -14,13 +16,14 @@ import mmap
 import time
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 
 import numpy as np
 import torch
 
 from ..loaders.read_ahead import Told, read_ahead
 from ..loaders.sizes import size
-from .errors import RefusedError
+from .errors import NoRoomToLockError, RefusedError
 from .files import Key, OpenFiles, Weight, WeightFile, streamed_bytes
 from .host_memory import HostSource, Request, hold_memory
 from .registration import Registrar
@@ -33,13 +36,12 @@ SHARE_OF_FREE_RAM = 0.8  # locked pages cannot be evicted: what other programs a
 def page_cache(request: Request) -> HostSource:
     """Registers the files' pages in place. RefusedError where driver, GPU, system or settings do not allow it."""
     in_files = request.in_files
-    refusal = _refusal(request, in_files)
-    if refusal:
-        raise RefusedError(refusal)
+    _refuse(request, in_files)
     began = time.perf_counter()
     source = HostSource("page_cache", request.device, OpenFiles(request.weights.values()))
     try:
-        for file in source.files.all():
+        kept = _of_kept(request, source)
+        for file in source.files.all() if kept is None else ():
             weights = {key: weight for key, weight in in_files.items() if weight.file == file.stored}
             mapped = RegisteredFile(file, request.device.registrar)
             source.owners.append(mapped)
@@ -55,20 +57,50 @@ def page_cache(request: Request) -> HostSource:
         raise
     source.reason = (
         f"registered {size(streamed_bytes(in_files))} of the file's cached pages "
-        f"in {time.perf_counter() - began:.2f} s{others}"
+        f"in {time.perf_counter() - began:.2f} s{kept or ''}{others}"
     )
     return source
 
 
-def _refusal(request: Request, in_files: dict[Key, Weight]) -> str | None:
+def _of_kept(request: Request, source: HostSource) -> str | None:
+    """Take the weights in files from pages that stay locked: what to add to the source's reason. None where there are
+    none, or no room for all that would be missing."""
+    use = request.kept.use(request.device) if request.kept is not None else None
+    if use is None:
+        return None
+    source.owners.append(use)
+    mapped = {file.stored: use.mapped(file) for file in source.files.all()}
+    wanted = use.cells(request.in_files.values())
+    missing = [cell for cell in wanted if cell not in use]
+    for file in source.files.all():
+        spans = [(start, stop) for stored, start, stop in missing if stored == file.stored]
+        read_ahead(file.fileno(), spans, request.watch, file.stored.path.name)
+    total = sum(stop - start for _, start, stop in missing)
+    with request.watch("locking weights in memory", total) if total else nullcontext(_nobody) as told:
+        for cell in wanted:
+            new = cell not in use
+            if not use.lock(cell):
+                source.owners.remove(use)
+                use.close()
+                return None
+            told(cell[2] - cell[1] if new else 0)
+    source.pieces.update((key, mapped[w.file].pieces(w)) for key, w in request.in_files.items() if w.file is not None)
+    return ", which stay registered while the model is out of VRAM for a stage"
+
+
+def _nobody(nbytes: int) -> None: ...
+
+
+def _refuse(request: Request, in_files: dict[Key, Weight]) -> None:
     if not in_files:
-        return "no weight is in a file"
+        raise RefusedError("no weight is in a file")
     if not request.may_pin:
-        return "pinned memory is switched off"
+        raise RefusedError("pinned memory is switched off")
     needed, room = streamed_bytes(in_files), int(request.free_ram_bytes * SHARE_OF_FREE_RAM)
     if needed > room:
-        return f"{size(needed)} of the file would be locked in RAM, which has room for {size(room)}"
-    return request.device.registrar.read_only_refusal()
+        raise NoRoomToLockError(f"{size(needed)} of the file would be locked in RAM, which has room for {size(room)}")
+    if refusal := request.device.registrar.read_only_refusal():
+        raise RefusedError(refusal)
 
 
 def used_spans(weights: Iterable[Weight], size: int) -> list[tuple[int, int]]:
@@ -117,7 +149,7 @@ class RegisteredFile:
         return [(start - weight.offset, self.data[start:stop]) for start, stop in self._cut(weight)]
 
     def _cut(self, weight: Weight) -> Iterator[tuple[int, int]]:
-        for begin, end in self._ends.items():
+        for begin, end in list(self._ends.items()):
             start, stop = max(begin, weight.offset), min(end, weight.offset + weight.nbytes)
             if start < stop:
                 yield start, stop

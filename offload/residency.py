@@ -32,6 +32,7 @@ from .hooks import Following
 from .link import link_of
 from .plan import BudgetTooSmallError, StreamPlan, make_plan
 from .replan import replan
+from .runs import Run, runs_of
 from .shelf import Shelf
 from .slots import Slot, slots_of
 from .source import Choice, choose
@@ -65,6 +66,7 @@ class Residency:
         ]
         largest = max((slot.nbytes for slots in self._blocks for slot in slots), default=0)
         self._small_bytes = min(SMALL_BYTES, max(largest // SMALL_SHARE, 1))
+        self._runs: list[list[Run]] = []  # of each block: what a plan calls its tensors
         self._outside: list[Slot] = []
         self._tables: list[Slot] = []  # that stay in RAM
         self._buffers: list[tuple[torch.nn.Module, str, torch.Tensor]] = []
@@ -128,7 +130,7 @@ class Residency:
             if self.times is None or self.times.device != self._device.torch_device:  # another one is faster or slower
                 self.times = BlockTimes(len(self._blocks), self._device.torch_device)
         if not self.arranged:
-            self._take_stock(network)
+            self._take_stock(network, terms)
         budget = terms.budget_bytes
         for attempt in range(TRIES):
             try:
@@ -145,7 +147,7 @@ class Residency:
                 return True
             except (torch.OutOfMemoryError, ArenaError) as error:
                 self.leave()
-                self._take_stock(network)
+                self._take_stock(network, terms)
                 if attempt + 1 == TRIES:
                     raise
                 budget = int(min(budget, self.plan.vram_bytes if self.plan else budget) * LESS)
@@ -203,8 +205,8 @@ class Residency:
     def _costs(self) -> list[BlockCost]:
         assert self.times is not None
         return [
-            BlockCost(name, tuple(slot.nbytes for slot in slots), seconds, self._small_bytes)
-            for name, slots, seconds in zip(self.names, self._blocks, self.times.seconds(), strict=True)
+            BlockCost(name, tuple(run.nbytes for run in runs), seconds, self._small_bytes)
+            for name, runs, seconds in zip(self.names, self._runs, self.times.seconds(), strict=True)
         ]
 
     def _link(self) -> Link:
@@ -232,8 +234,10 @@ class Residency:
 
     # --- carrying a plan out
 
-    def _take_stock(self, network: torch.nn.Module) -> None:
-        """What lies outside the blocks, while everything is at home."""
+    def _take_stock(self, network: torch.nn.Module, terms: Terms) -> None:
+        """What lies where, while everything is at home."""
+        if (runs := runs_of(self._blocks, terms.located)) != self._runs:
+            self._runs, self.plan = runs, None
         ours = {owner for slot in self.inside() for owner in slot.owners}  # the host may have wrapped a weight anew
         others = [slot for slot in slots_of(network.modules()) if ours.isdisjoint(slot.owners)]
         self._tables = [slot for slot in others if self.request.offload_embeddings and _is_table(slot)]
@@ -258,7 +262,7 @@ class Residency:
         self._start_streaming(plan, terms)
         missing = [slot for slot in staying if not self._is_there(slot) and not terms.patched_by_host(slot)]
         missing.sort(key=lambda slot: -slot.nbytes)
-        there = bring(missing, self._device, self._dtype, terms.located, terms.may_pin, terms.watch)
+        there = bring(missing, self._device, self._dtype, terms.located, terms.may_pin, terms.watch, terms.kept)
         for slot, parameter in zip(missing, there, strict=True):
             self._placed[slot] = parameter
             slot.show(parameter)
@@ -271,15 +275,16 @@ class Residency:
             return
         assert self._device is not None
         choice = choose(
-            {(c.block, c.tensor): self._blocks[c.block][c.tensor].weight(terms.located) for c in plan.copies},
+            {(c.block, c.tensor): self._runs[c.block][c.tensor].weight(terms.located) for c in plan.copies},
             self._device,
             ram_budget_bytes=terms.pinned_budget_bytes,
             kind=self.request.weight_source,
             may_pin=terms.may_pin,
             watch=terms.watch,
+            kept=terms.kept,
         )
         try:
-            self._streaming = Streaming(plan, choice, self._blocks, self._device, terms.account_pinned)
+            self._streaming = Streaming(plan, choice, self._runs, self._device, terms.account_pinned)
         except BaseException:
             choice.source.close()
             raise
@@ -311,10 +316,8 @@ class Residency:
 
     def _resident(self, plan: StreamPlan | None) -> list[Slot]:
         streamed = {(copy.block, copy.tensor) for copy in plan.copies} if plan is not None else set()
-        inside = [
-            slot for b, slots in enumerate(self._blocks) for t, slot in enumerate(slots) if (b, t) not in streamed
-        ]
-        return [*self._outside, *inside]
+        staying = [run for b, runs in enumerate(self._runs) for t, run in enumerate(runs) if (b, t) not in streamed]
+        return [*self._outside, *(slot for run in staying for slot in run.slots)]
 
     def _is_there(self, slot: Slot) -> bool:
         assert self._device is not None
@@ -342,6 +345,8 @@ class Residency:
         if self.shelf is None or terms is None or device is None:
             return
         if self._streaming is not None or self.request.offload_embeddings:
+            return
+        if terms.kept is not None and terms.kept.nbytes:  # it is locked for the next time
             return
         if device.torch_device.type != "cpu" and all(slot in self._placed for slot in self._resident(self.plan)):
             self.shelf.put_away(self._placed, terms.located)

@@ -18,9 +18,11 @@ import comfy.model_base
 import comfy.model_management
 from comfy.model_patcher import ModelPatcher
 
+from ..loaders import compat
 from ..loaders.sizes import size
 from .errors import ArenaError
 from .events import record
+from .kept import Limits, keep_pages, kept_of, leaving_for_a_stage, relieve, settle
 from .plan import BudgetTooSmallError
 from .stages import ENDS, GB, Absent, Moment, Need, Part, StagePolicy, reason_to_leave, who_comes_back
 from .streamed_patcher import residency_of
@@ -60,6 +62,8 @@ def seat_of(patcher: ModelPatcher) -> Seat | None:
 
 def take_seat(patcher: ModelPatcher, seat: Seat) -> None:
     patcher.set_attachments(KEY, seat)
+    if seat.policy.moments(seat.part):
+        keep_pages(patcher.model, Limits(compat.pinned_memory_left, compat.account_pinned))
 
 
 def open_session(parts: Iterable[Part], earlier: Iterable[Session]) -> Session:
@@ -94,6 +98,7 @@ def begin(moment: Moment, patcher: ModelPatcher, working: float) -> None:
     seat = seat_of(patcher)
     if seat is None:
         return
+    relieve()
     device = patcher.load_device
     reserved = comfy.model_management.extra_reserved_memory()
     need = Need(
@@ -168,11 +173,21 @@ def unload(patcher: ModelPatcher) -> int:
 
 
 def _leave(patcher: ModelPatcher, seat: Seat, reason: str) -> None:
-    nbytes = unload(patcher)
+    with leaving_for_a_stage(patcher.model):
+        nbytes = unload(patcher)
     left = seat.session.left.get(seat.part, [])
     others = [one for one in left if (known := one[0]()) is not None and not known.is_clone(patcher)]
     seat.session.left[seat.part] = [*others, (weakref.ref(patcher), nbytes)]
-    record("leaves", f"{seat.part.value} ({_name_of(patcher)})", nbytes, reason, seat.policy.log_events)
+    record(
+        "leaves", f"{seat.part.value} ({_name_of(patcher)})", nbytes, reason + _kept(patcher), seat.policy.log_events
+    )
+
+
+def _kept(patcher: ModelPatcher) -> str:
+    pages = kept_of(patcher.model)
+    return (
+        f"; {size(pages.nbytes)} of its file stay locked for its return" if pages is not None and pages.nbytes else ""
+    )
 
 
 def _name_of(patcher: ModelPatcher) -> str:
@@ -187,6 +202,9 @@ def bring_back(vae: ModelPatcher) -> None:
     seat = seat_of(vae)
     if seat is None:
         return
+    for part in Part:
+        for loaded_one in _seated(part):
+            settle(loaded_one.model)
     waiting: list[tuple[Absent, ModelPatcher]] = []
     for part, patchers in seat.session.left.items():
         for reference, nbytes in patchers:

@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 
 from ..loaders.read_ahead import Watch, unwatched
 from .device import Device
 from .disk import disk
-from .errors import RefusedError, StreamError
+from .errors import NoRoomToLockError, RefusedError, StreamError
 from .files import Key, Weight
 from .host_memory import Request, Source, memory, pinned
+from .kept import KeptPages, give_all_back
 from .page_cache import page_cache
 
 log = logging.getLogger("sluice.offload")
@@ -59,6 +60,7 @@ def choose(
     may_pin: bool = True,
     threads: int = 8,
     watch: Watch = unwatched,
+    kept: KeptPages | None = None,
 ) -> Choice:
     """The best source for `weights`, which must be in the order of the plan's copies.
 
@@ -68,6 +70,8 @@ def choose(
         free_ram_bytes: what the system has left, its file cache included; measured if not given.
         may_pin: False where the user switched pinned memory off.
         watch: told of reading and locking; what it raises leaves nothing read, locked or open.
+        kept: pages of the files that are locked already, and stay so after the source. Where what other models keep so
+            takes the room of this source, they give it back.
 
     Raises:
         SourceError: a file is not what was loaded, or cannot be read.
@@ -75,12 +79,12 @@ def choose(
     if kind != AUTO and kind not in LADDER:
         raise ValueError(f"there is no weight source {kind!r}; choose {AUTO}, {', '.join(LADDER)}")
     free = psutil.virtual_memory().available if free_ram_bytes is None else free_ram_bytes
-    request = Request(weights, device, ram_budget_bytes, free, may_pin, threads, watch)
+    request = Request(weights, device, ram_budget_bytes, free, may_pin, threads, watch, kept)
     rungs = list(LADDER)
     refusals: list[tuple[str, str]] = []
     for rung in rungs[0 if kind == AUTO else rungs.index(kind) :]:
         try:
-            choice = Choice(LADDER[rung](request), tuple(refusals))
+            choice = Choice(_with_room(LADDER[rung], request), tuple(refusals))
         except RefusedError as refusal:
             refusals.append((rung, str(refusal)))
             continue
@@ -91,3 +95,14 @@ def choose(
         f"no source for the streamed weights ({tried}); free RAM, or check that the model's file is still there, then "
         "run again"
     )
+
+
+def _with_room(rung: Callable[[Request], Source], request: Request) -> Source:
+    """The rung's source; once more where it was refused for pages that are locked for models out of use."""
+    try:
+        return rung(request)
+    except NoRoomToLockError:
+        freed = give_all_back()
+        if not freed:
+            raise
+        return rung(replace(request, ram_budget_bytes=request.ram_budget_bytes + freed))

@@ -28,6 +28,7 @@ from ..loaders.ops import MappedLayer
 from ..loaders.patcher import check_files, patching_class
 from ..loaders.progress import watched
 from .attach_adapters import StreamingAdapters
+from .kept import kept_of, left
 from .location import located
 from .plan import BudgetTooSmallError
 from .residency import Residency
@@ -82,7 +83,7 @@ class StreamedPatcher(StreamingAdapters):
         """The host's own loading goes over what is resident."""
         streamed = self._residency.streamed_modules()
         everything = super()._load_list(*args, **kwargs)
-        return [entry for entry in everything if not any(entry[-2] is module for module in streamed)]
+        return [entry for entry in everything if entry[-2] not in streamed]
 
     def partially_load(
         self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False
@@ -156,6 +157,7 @@ class StreamedPatcher(StreamingAdapters):
                 self.model.to(device_to)  # what is not ours: object patches that brought weights of their own
             self.model.device = device_to
             self.model.model_loaded_weight_memory = 0
+            left(self.model)
 
     def _read_ahead(self, device: torch.device) -> None: ...  # the residency does, for what it needs
 
@@ -198,6 +200,7 @@ class StreamedPatcher(StreamingAdapters):
             account_pinned=compat.account_pinned,
             patched_by_host=lambda slot: any((id(module), name) in patched for module, name in slot.owners),
             watch=watched,
+            kept=kept_of(self.model),
         )
 
     def _patch_streamed(self, device: torch.device) -> None:

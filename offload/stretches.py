@@ -7,7 +7,10 @@ things happen at a time:
     the caller    allocates, and enqueues the copies of what is locked
     a thread      unlocks what has been copied
 
-Only a few stretches are locked at any moment, however large the file is: other programs lose nothing but that.
+Only a few stretches are locked at any moment, however large the file is: other programs lose nothing but that. What
+that saves is small, because the driver locks more slowly while it copies, and to unlock waits for whatever the GPU is
+at: on an H200, 6 GB take twice the time of their copy (benchmarks/results/arrival_h200.txt). So what is to be copied
+again soon stays locked (`kept`), and takes the copy alone then.
 """
 
 from __future__ import annotations
@@ -24,11 +27,13 @@ from ..loaders.read_ahead import Told, patiently
 from .device import Device, Event
 from .errors import RefusedError
 from .files import OpenFiles, StoredFile, Weight
+from .kept import Cell, KeptPages, cells
 from .page_cache import RegisteredFile, used_spans
 
 STRETCH_BYTES = 128 << 20
 AHEAD = 3  # stretches that are locked, or about to be, before their copies are enqueued
 LOCKED = 8  # at once
+LOCKERS = 1  # threads: several lock no faster, and the stretch itself matters little (results/arrival_h200.txt)
 
 
 @dataclass(frozen=True)
@@ -51,16 +56,23 @@ class Stretch:
     parts: list[Part] = field(default_factory=list)
 
 
-def cut(weights: Mapping[int, Weight]) -> list[Stretch]:
-    """The stretches of the files of `weights`, in order; every byte of a weight is in one part of one of them."""
+def cut(weights: Mapping[int, Weight], whole_cells: bool = False) -> list[Stretch]:
+    """The stretches of the files of `weights`, in order; every byte of a weight is in one part of one of them.
+
+    Args:
+        whole_cells: as `kept` cuts files; otherwise only pages with weights on them are in any.
+    """
     stretches: list[Stretch] = []
     for file in dict.fromkeys(weight.file for weight in weights.values() if weight.file is not None):
         of_file = {number: weight for number, weight in weights.items() if weight.file == file}
-        own = [
-            Stretch(file, start, min(start + STRETCH_BYTES, end))
-            for begin, end in used_spans(of_file.values(), file.size)
-            for start in range(begin, end, STRETCH_BYTES)
-        ]
+        if whole_cells:
+            own = [Stretch(*cell) for cell in sorted({cell for w in of_file.values() for cell in cells(w)}, key=_start)]
+        else:
+            own = [
+                Stretch(file, start, min(start + STRETCH_BYTES, end))
+                for begin, end in used_spans(of_file.values(), file.size)
+                for start in range(begin, end, STRETCH_BYTES)
+            ]
         starts = [stretch.start for stretch in own]
         for number, weight in of_file.items():
             done = 0
@@ -73,12 +85,19 @@ def cut(weights: Mapping[int, Weight]) -> list[Stretch]:
     return stretches
 
 
-def copied(weights: Mapping[int, Weight], device: Device, told: Told) -> tuple[dict[int, torch.Tensor], str]:
+def _start(cell: Cell) -> int:
+    return cell[1]
+
+
+def copied(
+    weights: Mapping[int, Weight], device: Device, told: Told, kept: KeptPages | None = None
+) -> tuple[dict[int, torch.Tensor], str]:
     """The bytes of `weights` on the device (uint8, flat), complete when this returns.
 
     Args:
         weights: in files, by a number of the caller's.
-        told: of the weights that arrived; what it raises leaves nothing locked, and nothing on the device.
+        told: of the weights that arrived; what it raises leaves nothing on the device, and locked only what is kept.
+        kept: what is locked already, and where what is locked now may stay so.
 
     Returns:
         The weights that arrived, and why the others did not: from some page on, locking was refused.
@@ -88,7 +107,7 @@ def copied(weights: Mapping[int, Weight], device: Device, told: Told) -> tuple[d
         SourceError: a file is not what was loaded.
     """
     files = OpenFiles(weights.values())
-    crossing = Crossing(weights, device, files)
+    crossing = Crossing(weights, device, files, kept)
     try:
         refusal = crossing.go(told)
         files.check()
@@ -101,14 +120,19 @@ def copied(weights: Mapping[int, Weight], device: Device, told: Told) -> tuple[d
 class Crossing:
     """The weights on their way."""
 
-    def __init__(self, weights: Mapping[int, Weight], device: Device, files: OpenFiles) -> None:
+    def __init__(
+        self, weights: Mapping[int, Weight], device: Device, files: OpenFiles, kept: KeptPages | None = None
+    ) -> None:
         self._weights, self._device = weights, device
-        self._mapped = {file.stored: RegisteredFile(file, device.registrar) for file in files.all()}
-        self._stretches = cut(weights)
+        self._kept = kept.use(device) if kept is not None else None
+        mapped = self._kept.mapped if self._kept is not None else lambda file: RegisteredFile(file, device.registrar)
+        self._mapped = {file.stored: mapped(file) for file in files.all()}
+        self._stretches = cut(weights, whole_cells=self._kept is not None)
         self._left = {number: weight.nbytes for number, weight in weights.items()}
         self._places: dict[int, torch.Tensor] = {}
+        self._locked: dict[tuple[StoredFile, int], RegisteredFile] = {}  # what is to be unlocked, by its beginning
         self._copying, self._allocated = device.new_copy_stream(), device.new_event()
-        self._locker, self._unlocker = ThreadPoolExecutor(1, "sluice-lock"), ThreadPoolExecutor(1, "sluice-unlock")
+        self._locker, self._unlocker = (ThreadPoolExecutor(LOCKERS, f"sluice-{what}") for what in ("lock", "unlock"))
 
     def go(self, told: Told) -> str:
         """Copy as much as can be locked; why that is not all, or nothing."""
@@ -131,8 +155,11 @@ class Crossing:
 
     def _lock(self, stretch: Stretch) -> str:
         """Why that was refused, or nothing."""
+        file, start, stop = stretch.file, stretch.start, stretch.stop
         try:
-            self._mapped[stretch.file].lock(stretch.start, stretch.stop)
+            if self._kept is None or not self._kept.lock((file, start, stop)):
+                self._mapped[file].lock(start, stop)
+                self._locked[file, start] = self._mapped[file]
         except RefusedError as refusal:
             return str(refusal)
         return ""
@@ -158,7 +185,8 @@ class Crossing:
 
     def _unlock(self, stretch: Stretch, done: Event, complete: int) -> int:
         self._device.synchronize(done)
-        self._mapped[stretch.file].unlock(stretch.start)
+        if (mapped := self._locked.pop((stretch.file, stretch.start), None)) is not None:
+            mapped.unlock(stretch.start)
         return complete
 
     def arrived(self) -> dict[int, torch.Tensor]:
@@ -170,5 +198,10 @@ class Crossing:
         self._device.synchronize(self._copying)
         self._unlocker.shutdown(wait=True)
         self._places = {}
-        for mapped in self._mapped.values():
-            mapped.close()
+        for (_, start), mapped in self._locked.items():
+            mapped.unlock(start)
+        if self._kept is not None:
+            self._kept.close()
+        else:
+            for mapped in self._mapped.values():
+                mapped.close()

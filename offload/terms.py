@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..loaders.read_ahead import Watch, unwatched
+from .kept import KeptPages
 from .plan import StreamPlan
 from .slots import Located, Slot
 
@@ -25,6 +26,7 @@ class Terms:
     account_pinned: Callable[[int], None]  # the host counts what is locked, so that it does not lock too much itself
     patched_by_host: Callable[[Slot], bool]  # weights that the host replaces with patched copies, and moves itself
     watch: Watch = unwatched  # around what takes long; its exceptions end the work
+    kept: KeptPages | None = None  # of the network's files, which stay locked while it is out for a stage
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,17 @@ from fake_device import NotingRegistrar
 from host import encoder_files, patch_checks, stage_checks
 from host.model_checks import CPU, GGUF, MODE, ON_GPU, latent, weights, with_lora
 from host.unified_checks import unload
-from pack.loaders import progress
+from pack.loaders import compat, progress
 from pack.loaders.diffusion import load_diffusion_model
 from pack.loaders.text_encoder import load_text_encoder
-from pack.offload import arrival, attach_arrival
+from pack.offload import arrival, attach_arrival, kept, residency
 from pack.offload.attach import apply_block_swap
 from pack.offload.attach_arrival import ArrivingPatcher, arriving
+from pack.offload.attach_stages import attach_stages
 from pack.offload.costs import SwapRequest
 from pack.offload.device import HostDevice, device_for
 from pack.offload.release import release
+from pack.offload.stages import StagePolicy
 
 Interrupt = comfy.model_management.InterruptProcessingException
 
@@ -47,6 +49,9 @@ def noting(device: torch.device) -> Any:
 def arrivals() -> Iterator[list[set[int]]]:
     """What was copied through locked pages, whatever its size: the numbers of bytes of each time."""
     copied, worth, seen = arrival.copied, arrival.WORTH_LOCKING, []
+    left = compat.pinned_memory_left
+    if not ON_GPU:
+        compat.pinned_memory_left = lambda: 1 << 30  # the host locks no memory on a CPU
 
     def noted(given: Any, *args: Any) -> Any:
         there, refusal = copied(given, *args)
@@ -54,11 +59,14 @@ def arrivals() -> Iterator[list[set[int]]]:
         seen.append({weight.nbytes for weight in given.values()})
         return there, refusal
 
-    arrival.copied, arrival.WORTH_LOCKING, attach_arrival.device_for = noted, 1, noting
+    arrival.copied, arrival.WORTH_LOCKING = noted, 1
+    attach_arrival.device_for = residency.device_for = noting
     try:
         yield seen
     finally:
-        arrival.copied, arrival.WORTH_LOCKING, attach_arrival.device_for = copied, worth, device_for
+        arrival.copied, arrival.WORTH_LOCKING = copied, worth
+        attach_arrival.device_for = residency.device_for = device_for
+        compat.pinned_memory_left = left
     assert not NOTES.registered
 
 
@@ -176,6 +184,88 @@ def check_block_swap_on_top() -> None:
         assert torch.equal(latent(model), expected)
         assert ON_GPU or not seen
         unload()
+
+
+def moving(policy: StagePolicy, model: Any) -> stage_checks.Picture:
+    """A picture whose models come through locked pages."""
+    picture = stage_checks.Picture(None, model)
+    arriving(picture.inputs[1].patcher)
+    picture.model, picture.clip, picture.vae = attach_stages(policy, *picture.inputs)
+    return picture
+
+
+def kept_bytes(picture: stage_checks.Picture) -> list[int]:
+    """Of the diffusion model and of the text encoder."""
+    pages = [kept.kept_of(network) for network in (picture.model.model, picture.clip.patcher.model)]
+    return [0 if one is None else one.nbytes for one in pages]
+
+
+def streaming(model: Any) -> Any:
+    return apply_block_swap(model, SwapRequest(blocks_to_swap=2))
+
+
+def check_pages_stay_locked_while_a_model_is_out_for_a_stage() -> None:
+    for made in (arriving, streaming):
+        stage_checks.nothing_loaded()
+        _, expected = stage_checks.Picture(None, classic()).draw()
+        stage_checks.nothing_loaded()
+        locked = comfy.model_management.TOTAL_PINNED_MEMORY
+        with arrivals():
+            picture = moving(StagePolicy("cond_diffusion", **stage_checks.NO_ROOM), made(classic()))
+            seen, drawn = picture.draw()
+            assert stage_checks.same(drawn, expected) and seen == stage_checks.WITHOUT_ROOM["cond_diffusion"]
+            asked, nbytes = NOTES.asked, kept_bytes(picture)
+            assert all(nbytes) or MODE == "gpu-dynamic", nbytes
+            assert comfy.model_management.TOTAL_PINNED_MEMORY - locked >= sum(nbytes)
+            for _ in range(2):
+                drawn = picture.draw()[1]
+                assert stage_checks.same(drawn, expected)
+                assert NOTES.asked == asked and kept_bytes(picture) == nbytes
+            leaving = [event for event in stage_checks.told(picture.draw) if event.action == "leaves"]
+            assert [event.what for event in leaving if "stay locked for its return" in event.why], leaving
+            release("diffusion_model", "offload")
+            assert kept_bytes(picture)[0] == 0
+            picture.encode_text()
+            unload()  # as the host does where another model needs the room
+            assert kept_bytes(picture) == [0, 0]
+            assert stage_checks.same(picture.draw()[1], expected)
+            release("all", "dispose")
+            assert kept_bytes(picture) == [0, 0]
+        assert locked == comfy.model_management.TOTAL_PINNED_MEMORY
+
+
+def check_nothing_stays_locked_where_there_is_room_for_all() -> None:
+    stage_checks.nothing_loaded()
+    with arrivals():
+        picture = moving(StagePolicy("cond_diffusion"), arriving(classic()))
+        for _ in range(2):
+            assert picture.draw()[0][2] == stage_checks.EVERYBODY[2]
+            assert kept_bytes(picture) == [0, 0]
+        unload()
+
+
+def check_cancelled_on_the_way_back() -> None:
+    stage_checks.nothing_loaded()
+    bar = progress.Progress.at
+
+    def cancelled(self: Any, done: int) -> None:
+        raise Interrupt
+
+    with arrivals():
+        picture = moving(StagePolicy("cond_diffusion", **stage_checks.NO_ROOM), arriving(classic()))
+        expected = picture.draw()[1]
+        progress.Progress.at = cancelled
+        try:
+            picture.sample()
+            raise AssertionError("not cancelled")
+        except Interrupt:
+            pass
+        finally:
+            progress.Progress.at = bar
+        assert kept_bytes(picture)[0] == 0 and not picture.loaded() & {stage_checks.DIFFUSION}
+        assert all(weight.device == CPU for weight in weights(picture.model).values())
+        assert stage_checks.same(picture.draw()[1], expected)
+        release("all", "offload")
 
 
 def check_the_dynamic_patcher_is_left_alone() -> None:
