@@ -116,11 +116,16 @@ class Parts:
         """Each call beside a kernel of BUSY_SECONDS."""
         mapped, (span, *_) = self._mapped(), self._spans(128 * MIB)
         place: list[torch.Tensor] = []
+
+        def free() -> None:
+            place.clear()
+            self.empty_cache()
+
         calls: dict[str, Callable[[], object]] = {
             "lock 128 MiB": lambda: mapped.lock(*span),
             "unlock 128 MiB": lambda: mapped.unlock(span[0]),
             "allocate 128 MiB": lambda: place.append(self.device.allocate(128 * MIB)),
-            "free 128 MiB": lambda: (place.clear(), self.empty_cache()),
+            "free 128 MiB": free,
         }
         found = {}
         self.empty_cache()
