@@ -94,7 +94,8 @@ class KeptPages:
         self._users = 0
         self._guard = threading.RLock()
         weakref.finalize(self, self._held.close).atexit = False  # the end of the process unlocks everything
-        _all.add(self)
+        with _listing:
+            _all.add(self)
 
     @property
     def nbytes(self) -> int:
@@ -140,7 +141,7 @@ class KeptPages:
         return True
 
     def _room(self, nbytes: int) -> bool:
-        kept = sum(pages.nbytes for pages in list(_all))
+        kept = kept_bytes()
         allowed = SHARE_OF_FREE_RAM * psutil.virtual_memory().available  # which counts cached pages, also locked ones
         return nbytes <= self._held.limits.left() and kept + nbytes <= allowed
 
@@ -212,6 +213,7 @@ class Use:
 
 
 _all: weakref.WeakSet[KeptPages] = weakref.WeakSet()
+_listing = threading.Lock()  # a set may not grow while it is listed
 _of_networks: weakref.WeakKeyDictionary[torch.nn.Module, KeptPages] = weakref.WeakKeyDictionary()
 _leaving: set[int] = set()  # networks, by their id, that are on their way out for a stage
 
@@ -258,17 +260,26 @@ def settle(network: torch.nn.Module) -> None:
             pages.give_back()
 
 
+def kept_bytes() -> int:
+    """That are locked now, of all networks."""
+    return sum(pages.nbytes for pages in _everyone())
+
+
 def give_all_back() -> int:
     """Unlock whatever is not in use, of all networks; bytes."""
-    return sum(pages.give_back() for pages in list(_all))
+    return sum(pages.give_back() for pages in _everyone())
 
 
 def relieve() -> int:
     """Where free RAM has become short, give back until no more than the share of it is kept; bytes."""
     freed = 0
-    for pages in sorted(_all, key=lambda pages: -pages.nbytes):
-        kept = sum(pages.nbytes for pages in list(_all))
-        if kept <= SHARE_OF_FREE_RAM * psutil.virtual_memory().available:
+    for pages in sorted(_everyone(), key=lambda pages: -pages.nbytes):
+        if kept_bytes() <= SHARE_OF_FREE_RAM * psutil.virtual_memory().available:
             break
         freed += pages.give_back()
     return freed
+
+
+def _everyone() -> list[KeptPages]:
+    with _listing:
+        return list(_all)

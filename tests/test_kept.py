@@ -110,7 +110,7 @@ def test_no_more_is_kept_than_a_share_of_free_ram(tmp_path: Path, free_ram: Call
     assert 14 * CELL < one.nbytes <= 16 * CELL
     brought(model, Gpu("random", 1, registrar), other)
     assert one.nbytes + other.nbytes <= 16 * CELL
-    assert kept.relieve() == 0
+    assert kept.relieve() == 0 and kept.kept_bytes() == one.nbytes + other.nbytes
     free_ram(2 * CELL)
     assert kept.relieve() >= 14 * CELL and one.nbytes + other.nbytes <= 2 * CELL
     kept.give_all_back()

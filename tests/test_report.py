@@ -327,7 +327,10 @@ MODEL = {
 }
 REPORT = {
     "models": [MODEL],
-    "host_ram": {"resident": 2e9, "anonymous": 5e8, "file": None, "shared": 0, "available": 3e9, "total": 8e9},
+    "host_ram": {
+        **{"resident": 2e9, "anonymous": 5e8, "file": None, "shared": 0, "available": 3e9, "total": 8e9},
+        "kept_locked": 1_300_000_000,
+    },
     "vram": [{"device": "cuda:0", "name": "GPU", "allocated": 4e9, "reserved": 5e9, "free": 1e9, "total": 8e9}],
     "caches": [{"name": "loras", "bytes": 1e6, "bound_bytes": 1e9, "entries": 2, "hits": 3, "misses": 4}],
     "dispatch": [{"what": "cuda", "choice": "triton"}],
@@ -343,7 +346,14 @@ def test_the_text_says_every_number() -> None:
         *("1.00 GB in the file", "ring 500.0 MB", "page_cache: why", "the plan", "812.5 ms", "compute 800.0 ms"),
         *("copies 40.0 ms", "2.46 GB/s", "compute binds", "19 passes", "1 misses", "l.safetensors at 0.5 (auto): 24"),
         "used in place 3.00 GB: registered: it shares memory",
-        *("anonymous 500.0 MB", "file ?", "allocated 4.00 GB", "reserved 5.00 GB", "1.00 GB of 8.00 GB free"),
+        *(
+            "anonymous 500.0 MB",
+            "file ?",
+            "1.30 GB of files kept locked",
+            "allocated 4.00 GB",
+            "reserved 5.00 GB",
+            "1.00 GB of 8.00 GB free",
+        ),
         *("3 hits", "cuda: triton", "at most VRAM 2.50 GB"),
         "text encoder leaves, 4.70 GB: sampling",
     ):

@@ -15,6 +15,7 @@ import comfy.model_management
 import psutil
 import torch
 
+from ...offload.kept import kept_bytes
 from .timeline import Values
 
 STATUS, STATM = Path("/proc/self/status"), Path("/proc/self/statm")
@@ -22,7 +23,8 @@ PARTS = {"anonymous": "RssAnon:", "file": "RssFile:", "shared": "RssShmem:"}
 
 
 def host_ram() -> dict[str, int | None]:
-    """Bytes of RAM: what this process has of each kind, all that it has, and the machine's total and available."""
+    """Bytes of RAM: what this process has of each kind, all that it has, the machine's total and available, and what of
+    files is locked."""
     machine = psutil.virtual_memory()
     parts: dict[str, int | None] = dict.fromkeys(PARTS)
     resident = None
@@ -34,7 +36,8 @@ def host_ram() -> dict[str, int | None]:
         resident = sum(size or 0 for size in parts.values())
     if resident is None:
         resident = psutil.Process().memory_info().rss
-    return {**parts, "resident": resident, "total": machine.total, "available": machine.available}
+    known = {"resident": resident, "total": machine.total, "available": machine.available, "kept_locked": kept_bytes()}
+    return {**parts, **known}
 
 
 def vram() -> list[dict[str, int | str | None]]:

@@ -64,9 +64,10 @@ def _model(model: dict) -> Iterator[str]:
 
 
 def _ram(ram: dict) -> str:
+    kept = f", {size(ram['kept_locked'])} of files kept locked" if ram["kept_locked"] else ""
     return (
         f"RAM: this process {size(ram['resident'])} (anonymous {size(ram['anonymous'])}, file {size(ram['file'])}, "
-        f"shared {size(ram['shared'])}); {size(ram['available'])} of {size(ram['total'])} available"
+        f"shared {size(ram['shared'])}); {size(ram['available'])} of {size(ram['total'])} available{kept}"
     )
 
 
