@@ -7,10 +7,10 @@ A file of random bytes in the shapes of FLUX's blocks, in the page cache, is bro
     stretches     `offload.stretches`: locking, copying and unlocking beside each other (the pack's way), for some
                   lengths of a stretch, numbers of them that may be locked, and threads that lock
     unlocked last the same, with everything unlocked after the last copy
-    populated     the same, with the kernel asked to map the pages before they are locked
-    in turn       the same with one stretch at a time: lock it, copy it, unlock it
+    populated     the same, with the kernel asked to map the pages before they are locked, by four threads
     all at once   lock the whole file, copy it, unlock it
     kept          what was locked before stays so: allocate, and copy
+    ring          read into a ring of pinned memory, and copied out of it (`_arrival_ring`)
     pageable      weight by weight out of the mapping, as the host moves a module
 
 A B C D A B C D, each time into memory that the allocator has to ask the driver for, as after a model was unloaded.
@@ -41,6 +41,7 @@ pack.__path__ = [str(Path(__file__).resolve().parents[1])]
 sys.modules["pack"] = pack
 
 from _arrival_parts import Parts, populate  # noqa: E402
+from _arrival_ring import Ring  # noqa: E402
 from pack.offload import stretches  # noqa: E402
 from pack.offload.device import CudaDevice, Device, Event, HostDevice  # noqa: E402
 from pack.offload.files import OpenFiles, StoredFile, Weight  # noqa: E402
@@ -114,13 +115,12 @@ class Dials:
 
 NO_LIMIT = 1 << 20
 WAYS = (
-    *(Dials(32, 16), Dials(), Dials(256, 6), Dials(1024, 4)),
-    *(Dials(lockers=2, ahead=4), Dials(lockers=4, ahead=6, locked=12)),
-    *(Dials(locked=NO_LIMIT, crossing=UnlockedLast), Dials(256, NO_LIMIT, crossing=UnlockedLast)),
-    *(Dials(128, NO_LIMIT, 2 * n, n, crossing=UnlockedLast) for n in (2, 4)),
-    *(Dials(128, NO_LIMIT, 2 * n, n, crossing=PopulatedUnlockedLast) for n in (1, 2, 4)),
-    Dials(lockers=4, ahead=6, locked=12, crossing=Populated),
-    Dials(locked=1, ahead=1),
+    Dials(),
+    Dials(128, NO_LIMIT, crossing=UnlockedLast),
+    Dials(128, NO_LIMIT, 8, 4, crossing=PopulatedUnlockedLast),
+    *(Ring(8, 32, threads) for threads in (2, 4, 8)),
+    *(Ring(mib, places, 8, keep) for mib, places in ((2, 64), (4, 32), (8, 32), (32, 16)) for keep in (False, True)),
+    Ring(4, 32, 12, True),
 )
 
 
@@ -239,7 +239,7 @@ def main() -> None:
     with path.open("rb") as file:
         data = torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
     ways: dict[str, Way] = {
-        **{str(dials): dials for dials in WAYS},
+        **{str(way): way for way in WAYS},
         "all at once": all_at_once,
         "kept": Kept(),
         "pageable": partial(pageable, data),
