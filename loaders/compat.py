@@ -133,15 +133,29 @@ def may_pin_memory() -> bool:
     return not comfy.model_management.args.disable_pinned_memory
 
 
+_accounted = 0  # bytes of ours in the host's count of locked memory
+
+
 def pinned_memory_left() -> int:
     """Bytes that the host would still lock."""
+    _recount()
     most = comfy.model_management.MAX_PINNED_MEMORY
     return max(0, int(most - comfy.model_management.TOTAL_PINNED_MEMORY)) if most > 0 else 0
 
 
 def account_pinned(nbytes: int) -> None:
     """Add to what the host counts as locked memory; negative when it is given back."""
+    global _accounted
+    _recount()
+    _accounted += nbytes
     comfy.model_management.TOTAL_PINNED_MEMORY += nbytes
+
+
+def _recount() -> None:
+    """The host of 0.18 sets its count to 0 when the last tensor that it locked itself is let go, and forgets ours: it
+    would lock too much then, and the count become negative when ours are given back."""
+    least = _accounted + sum(comfy.model_management.PINNED_MEMORY.copy().values())
+    comfy.model_management.TOTAL_PINNED_MEMORY = max(comfy.model_management.TOTAL_PINNED_MEMORY, least)
 
 
 def patch_at_use(key: str, patches: dict) -> Any:

@@ -121,11 +121,13 @@ def _laid_out(entries: Sequence[Entry]) -> dict[str, torch.Tensor]:
 def _batches(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
     """The entries in the order of the file, which disks like, in portions for one thread each."""
     batch: list[Entry] = []
+    nbytes = 0
     for entry in entries:
         batch.append(entry)
-        if sum(one.nbytes for one in batch) >= BATCH_BYTES:
+        nbytes += entry.nbytes
+        if nbytes >= BATCH_BYTES:
             yield batch
-            batch = []
+            batch, nbytes = [], 0
     yield batch
 
 

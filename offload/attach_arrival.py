@@ -22,7 +22,7 @@ from .arrival import bring
 from .attach_unified import candidates
 from .device import device_for
 from .errors import SourceError
-from .kept import kept_of, left
+from .kept import kept_for, left
 from .location import located
 from .streamed_patcher import residency_of
 
@@ -63,7 +63,7 @@ class ArrivingPatcher(PatchingAtUse):
             return
         try:
             check_files(self.model)
-            arrived = bring(slots, there, lambda slot: None, located, True, watched, kept_of(self.model))
+            arrived = bring(slots, there, lambda slot: None, located, True, watched, kept_for(self))
         except SourceError as error:
             check_files(self.model)
             log.debug("the host loads %s: %s", type(self.model).__name__, error)  # moved, and still sound where mapped

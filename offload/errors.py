@@ -39,4 +39,4 @@ class RefusedError(Exception):
 
 
 class NoRoomToLockError(RefusedError):
-    """It would be allowed if less were locked already."""
+    """It would be allowed, or may be, if less were locked already."""

@@ -24,13 +24,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import psutil
 import torch
 
 from .device import Device
 from .files import StoredFile, Weight, WeightFile
-from .page_cache import RegisteredFile
+from .page_cache import SHARE_OF_FREE_RAM as SHARE_LOCKED
+from .page_cache import RegisteredFile, locked_bytes
 
 CELL_BYTES = 128 << 20
 SHARE_OF_FREE_RAM = 0.5  # they stay while nothing runs, too: the other half is for other programs
@@ -142,8 +144,12 @@ class KeptPages:
 
     def _room(self, nbytes: int) -> bool:
         kept = kept_bytes()
-        allowed = SHARE_OF_FREE_RAM * psutil.virtual_memory().available  # which counts cached pages, also locked ones
-        return nbytes <= self._held.limits.left() and kept + nbytes <= allowed
+        available = psutil.virtual_memory().available  # which counts cached pages, also locked ones
+        return (
+            nbytes <= self._held.limits.left()
+            and kept + nbytes <= SHARE_OF_FREE_RAM * available
+            and locked_bytes() + nbytes <= SHARE_LOCKED * available
+        )
 
     def _let_go(self, cell: Cell) -> None:
         with self._guard:
@@ -188,6 +194,10 @@ class Use:
         """Whether a cell is locked now."""
         return cell in self._pages._held.cells
 
+    def has_room(self, nbytes: int) -> bool:
+        """Whether so much more may be kept, as things are."""
+        return not nbytes or self._pages._room(nbytes)
+
     def mapped(self, file: WeightFile) -> RegisteredFile:
         """The mapping that cells of `file` are locked in, which stays the keeper's."""
         return self._pages._mapped(file, self._device)
@@ -211,6 +221,11 @@ class Use:
                 self._pages._let_go(self._cells.pop())
             self._pages._end_use()
 
+    def give_back(self) -> None:
+        """`close`, and unlock what nobody else uses."""
+        self.close()
+        self._pages.give_back()
+
 
 _all: weakref.WeakSet[KeptPages] = weakref.WeakSet()
 _listing = threading.Lock()  # a set may not grow while it is listed
@@ -218,10 +233,27 @@ _of_networks: weakref.WeakKeyDictionary[torch.nn.Module, KeptPages] = weakref.We
 _leaving: set[int] = set()  # networks, by their id, that are on their way out for a stage
 
 
-def keep_pages(network: torch.nn.Module, limits: Limits) -> None:
-    """From now on, what is locked for `network` stays locked while it is out for a stage."""
-    if network not in _of_networks:
-        _of_networks[network] = KeptPages(limits)
+class Patcher(Protocol):
+    """What is asked of a MODEL's or CLIP's."""
+
+    model: torch.nn.Module
+
+    def get_attachment(self, key: str) -> object: ...
+
+
+KEY = "sluice_kept_pages"  # of the attachment with the `Limits` of a patcher that may leave for a stage
+
+
+def kept_for(patcher: Patcher) -> KeptPages | None:
+    """What is used to load `patcher`, if it may leave for a stage; what was kept for another one of its network, which
+    an Offload Mode node had, is given back otherwise."""
+    limits = patcher.get_attachment(KEY)
+    if not isinstance(limits, Limits):
+        give_back(patcher.model)
+        return None
+    if patcher.model not in _of_networks:
+        _of_networks[patcher.model] = KeptPages(limits)
+    return _of_networks[patcher.model]
 
 
 def kept_of(network: torch.nn.Module) -> KeptPages | None:

@@ -13,10 +13,14 @@ Registering reads what is not cached, with nobody told and at less than the disk
 from __future__ import annotations
 
 import mmap
+import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+import weakref
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,9 +28,12 @@ import torch
 from ..loaders.read_ahead import Told, read_ahead
 from ..loaders.sizes import size
 from .errors import NoRoomToLockError, RefusedError
-from .files import Key, OpenFiles, Weight, WeightFile, streamed_bytes
+from .files import Key, OpenFiles, StoredFile, Weight, WeightFile, streamed_bytes
 from .host_memory import HostSource, Request, hold_memory
 from .registration import Registrar
+
+if TYPE_CHECKING:
+    from .kept import Use
 
 REGISTER_BYTES = 1 << 30
 PAGE = mmap.PAGESIZE
@@ -72,20 +79,33 @@ def _of_kept(request: Request, source: HostSource) -> str | None:
     mapped = {file.stored: use.mapped(file) for file in source.files.all()}
     wanted = use.cells(request.in_files.values())
     missing = [cell for cell in wanted if cell not in use]
+    total = sum(stop - start for _, start, stop in missing)
+    if not use.has_room(total):
+        _without(use, source)
+        return None
     for file in source.files.all():
         spans = [(start, stop) for stored, start, stop in missing if stored == file.stored]
         read_ahead(file.fileno(), spans, request.watch, file.stored.path.name)
-    total = sum(stop - start for _, start, stop in missing)
     with request.watch("locking weights in memory", total) if total else nullcontext(_nobody) as told:
         for cell in wanted:
             new = cell not in use
-            if not use.lock(cell):
-                source.owners.remove(use)
-                use.close()
+            try:
+                locked = use.lock(cell)
+            except RefusedError:
+                _without(use, source)
+                raise
+            if not locked:
+                _without(use, source)
                 return None
             told(cell[2] - cell[1] if new else 0)
     source.pieces.update((key, mapped[w.file].pieces(w)) for key, w in request.in_files.items() if w.file is not None)
     return ", which stay registered while the model is out of VRAM for a stage"
+
+
+def _without(use: Use, source: HostSource) -> None:
+    """The source does without pages that stay locked: let go of them, for it may need the room itself."""
+    source.owners.remove(use)
+    use.give_back()
 
 
 def _nobody(nbytes: int) -> None: ...
@@ -96,7 +116,9 @@ def _refuse(request: Request, in_files: dict[Key, Weight]) -> None:
         raise RefusedError("no weight is in a file")
     if not request.may_pin:
         raise RefusedError("pinned memory is switched off")
-    needed, room = streamed_bytes(in_files), int(request.free_ram_bytes * SHARE_OF_FREE_RAM)
+    # Pages that are locked count as free, but cannot be had.
+    others = locked_bytes(beside={weight.file for weight in in_files.values()})
+    needed, room = streamed_bytes(in_files), max(0, int(request.free_ram_bytes * SHARE_OF_FREE_RAM) - others)
     if needed > room:
         raise NoRoomToLockError(f"{size(needed)} of the file would be locked in RAM, which has room for {size(room)}")
     if refusal := request.device.registrar.read_only_refusal():
@@ -116,6 +138,21 @@ def used_spans(weights: Iterable[Weight], size: int) -> list[tuple[int, int]]:
     return spans
 
 
+_all: weakref.WeakSet[RegisteredFile] = weakref.WeakSet()
+_listing = threading.Lock()  # a set may not grow while it is listed
+
+
+def locked_bytes(beside: Container[StoredFile | None] = ()) -> int:
+    """RAM that is locked for files now, without those in `beside`. What two GPUs have locked is there once."""
+    with _listing:
+        everyone = list(_all)
+    of_files: Counter[StoredFile] = Counter()
+    for one in everyone:
+        if one.stored not in beside:
+            of_files[one.stored] += one.locked
+    return sum(min(nbytes, file.size) for file, nbytes in of_files.items())
+
+
 class RegisteredFile:
     """A mapping of one file and the ranges of it that are registered."""
 
@@ -124,8 +161,15 @@ class RegisteredFile:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             self.data = torch.from_numpy(np.frombuffer(self._map, dtype=np.uint8))
-        self._registrar = registrar
+        self.stored, self._registrar = file.stored, registrar
         self._ends: dict[int, int] = {}  # of every registered range
+        with _listing:
+            _all.add(self)
+
+    @property
+    def locked(self) -> int:
+        """Bytes that are registered."""
+        return sum(stop - start for start, stop in self._ends.copy().items())
 
     def register(self, spans: list[tuple[int, int]], told: Told = lambda nbytes: None) -> None:
         for begin, end in spans:

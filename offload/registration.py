@@ -20,7 +20,7 @@ import psutil
 import torch
 
 from ..loaders.sizes import size
-from .errors import RefusedError
+from .errors import NoRoomToLockError, RefusedError
 
 log = logging.getLogger("sluice.offload")
 
@@ -101,8 +101,8 @@ class CudaRegistrar:
         flags = DEVICEMAP | (READ_ONLY if read_only else 0)
         with self._context():
             error = self._driver.cuMemHostRegister_v2(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), flags)
-        if error:
-            raise RefusedError(f"registering {size(nbytes)} failed ({self._name(error)})")
+        if error:  # one of several, at a limit of the system's, which is not known before
+            raise NoRoomToLockError(f"registering {size(nbytes)} failed ({self._name(error)})")
 
     def unregister(self, address: int) -> None:
         with self._context():

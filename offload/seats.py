@@ -22,7 +22,8 @@ from ..loaders import compat
 from ..loaders.sizes import size
 from .errors import ArenaError
 from .events import record
-from .kept import Limits, keep_pages, kept_of, leaving_for_a_stage, relieve, settle
+from .kept import KEY as KEPT
+from .kept import Limits, kept_of, leaving_for_a_stage, relieve, settle
 from .plan import BudgetTooSmallError
 from .stages import ENDS, GB, Absent, Moment, Need, Part, StagePolicy, reason_to_leave, who_comes_back
 from .streamed_patcher import residency_of
@@ -62,8 +63,8 @@ def seat_of(patcher: ModelPatcher) -> Seat | None:
 
 def take_seat(patcher: ModelPatcher, seat: Seat) -> None:
     patcher.set_attachments(KEY, seat)
-    if seat.policy.moments(seat.part):
-        keep_pages(patcher.model, Limits(compat.pinned_memory_left, compat.account_pinned))
+    leaves = bool(seat.policy.moments(seat.part))
+    patcher.set_attachments(KEPT, Limits(compat.pinned_memory_left, compat.account_pinned) if leaves else None)
 
 
 def open_session(parts: Iterable[Part], earlier: Iterable[Session]) -> Session:

@@ -28,7 +28,7 @@ from ..loaders.ops import MappedLayer
 from ..loaders.patcher import check_files, patching_class
 from ..loaders.progress import watched
 from .attach_adapters import StreamingAdapters
-from .kept import kept_of, left
+from .kept import kept_for, left
 from .location import located
 from .plan import BudgetTooSmallError
 from .residency import Residency
@@ -200,7 +200,7 @@ class StreamedPatcher(StreamingAdapters):
             account_pinned=compat.account_pinned,
             patched_by_host=lambda slot: any((id(module), name) in patched for module, name in slot.owners),
             watch=watched,
-            kept=kept_of(self.model),
+            kept=kept_for(self),
         )
 
     def _patch_streamed(self, device: torch.device) -> None:

@@ -12,10 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fake_device import POLICIES, NotingRegistrar
-from pack.offload import arrival, kept, stretches
+from pack.offload import arrival, kept, page_cache, stretches
 from pack.offload.arrival import bring
 from pack.offload.errors import SourceError
 from pack.offload.kept import KeptPages, Limits
+from pack.offload.page_cache import locked_bytes
+from pack.offload.registration import CudaRegistrar
 from pack.offload.source import choose
 from test_arrival import Gpu, Model, Registrar
 from test_cancelled_source import Cancelled, Canceller
@@ -45,6 +47,38 @@ class Host:
 
     def limits(self) -> Limits:
         return Limits(lambda: self.most - self.locked, self.account)
+
+
+class Driver:
+    """NVIDIA's on a system that lets so many bytes be locked."""
+
+    def __init__(self) -> None:
+        self.most = PLENTY
+        self.ranges: dict[int, int] = {}
+
+    @property
+    def locked(self) -> int:
+        return sum(self.ranges.values())
+
+    def cuMemHostRegister_v2(self, address, nbytes, flags) -> int:
+        if self.locked + nbytes.value > self.most:
+            return 2
+        self.ranges[address.value] = nbytes.value
+        return 0
+
+    def cuMemHostUnregister(self, address) -> int:
+        del self.ranges[address.value]
+        return 0
+
+    def cuDeviceGetAttribute(self, value, number, index) -> int:
+        value._obj.value = 1
+        return 0
+
+    def cuGetErrorName(self, error, text) -> int:
+        return 0
+
+    def __getattr__(self, name: str):
+        return lambda *args: 0  # contexts
 
 
 @pytest.fixture(autouse=True)
@@ -168,6 +202,70 @@ def test_where_not_all_may_be_kept_a_source_registers_its_own(stored: Stored) ->
     assert registrar.registered == {} and host.locked == 0
 
 
+def test_what_is_kept_for_another_model_cannot_be_had(tmp_path: Path, stored: Stored) -> None:  # noqa: F811
+    model, registrar, host = Model(tmp_path, 1), Registrar(), Host()
+    pages = KeptPages(host.limits())
+    brought(model, Gpu("late", 0, registrar), pages)
+    use = pages.use(Gpu("late", 0, registrar))
+    assert use is not None
+    for cell in list(pages._held.cells):
+        assert use.lock(cell)
+    needed, others = sum(weight.nbytes for weight in stored.weights.values()), locked(registrar)
+    free, own = int(needed / page_cache.SHARE_OF_FREE_RAM) + PAGE, NotingRegistrar()
+    choice = choose(stored.weights, device_with(own), ram_budget_bytes=0, free_ram_bytes=free)
+    assert "page_cache" in dict(choice.refusals) and own.registered == {}  # it would lock more than there is
+    choice.source.close()
+    use.close()
+    choice = choose(stored.weights, device_with(own), ram_budget_bytes=0, free_ram_bytes=free)
+    assert choice.source.kind == "page_cache" and locked(registrar) == 0 < others
+    pages_of_two = locked_bytes()
+    second = choose(stored.weights, device_with(own), ram_budget_bytes=0, free_ram_bytes=free)  # say for another GPU
+    assert second.source.kind == "page_cache" and locked_bytes() <= max(pages_of_two, stored.path.stat().st_size)
+    choice.source.close()
+    second.source.close()
+    assert locked_bytes() == 0
+
+
+@pytest.mark.parametrize("kind", ["page_cache", "pinned"])
+def test_a_limit_of_the_system_is_shared(tmp_path: Path, stored: Stored, kind: str) -> None:  # noqa: F811
+    driver, host, other = Driver(), Host(), Stored(tmp_path / "other.bin", 1)
+    device = device_with(CudaRegistrar(driver, 0))  # type: ignore[arg-type]
+    pages = KeptPages(host.limits())
+    choose(other.weights, device, ram_budget_bytes=0, kept=pages).source.close()
+    assert driver.locked == pages.nbytes > 0
+    driver.most = driver.locked + 3 * PAGE
+    choice = choose(stored.weights, device, kind=kind, ram_budget_bytes=PLENTY)
+    assert choice.source.kind == kind and pages.nbytes == 0, choice.reason
+    choice.source.close()
+    assert driver.locked == 0
+
+
+def test_no_more_is_kept_than_sources_leave(stored: Stored, free_ram: Callable[[int], None]) -> None:  # noqa: F811
+    registrar, host = Registrar(), Host()
+    source = choose(stored.weights, device_with(NotingRegistrar()), ram_budget_bytes=0).source
+    free_ram(int(locked_bytes() / page_cache.SHARE_OF_FREE_RAM))
+    pages = KeptPages(host.limits())
+    use = pages.use(Gpu("late", 0, registrar))
+    assert use is not None and use.has_room(0) and not use.has_room(PAGE)
+    source.close()
+    assert use.has_room(PAGE)
+    use.close()
+
+
+@pytest.mark.parametrize("refused", ["by the host", "by the driver"])
+def test_what_does_without_kept_pages_leaves_none(stored: Stored, refused: str) -> None:  # noqa: F811
+    registrar, host = {
+        "by the host": (NotingRegistrar(), Host(3 * CELL)),
+        "by the driver": (NotingRegistrar(4), Host()),
+    }[refused]
+    pages = KeptPages(host.limits())
+    choice = choose(stored.weights, device_with(registrar), ram_budget_bytes=PLENTY, kept=pages)
+    assert "stay registered" not in choice.reason
+    assert pages.nbytes == host.locked == 0
+    choice.source.close()
+    pages.give_back()
+
+
 @pytest.mark.parametrize("kind", ["page_cache", "pinned"])
 def test_a_source_that_needs_the_room_gets_it(tmp_path: Path, stored: Stored, kind: str) -> None:  # noqa: F811
     model, registrar, host = Model(tmp_path, 1), Registrar(), Host()
@@ -255,10 +353,11 @@ def test_a_network(tmp_path: Path) -> None:
     assert kept.kept_of(network) is None and kept.give_back(network) == 0
     kept.left(network)
     kept.settle(network)
-    kept.keep_pages(network, host.limits())
-    pages = kept.kept_of(network)
-    kept.keep_pages(network, host.limits())
-    assert pages is not None and kept.kept_of(network) is pages
+    with_node = SimpleNamespace(model=network, get_attachment=lambda key: {kept.KEY: host.limits()}[key])
+    without = SimpleNamespace(model=network, get_attachment=lambda key: None)
+    assert kept.kept_for(without) is None and kept.kept_of(network) is None
+    pages = kept.kept_for(with_node)
+    assert pages is not None and kept.kept_for(with_node) is kept.kept_of(network) is pages
     brought(model, gpu, pages)
     with kept.leaving_for_a_stage(network):
         kept.left(network)
@@ -274,7 +373,9 @@ def test_a_network(tmp_path: Path) -> None:
     kept.left(network)
     assert not pages.nbytes and registrar.registered == {}
     brought(model, gpu, pages)
-    del network, pages
+    assert kept.kept_for(without) is None and not pages.nbytes
+    brought(model, gpu, pages)
+    del network, pages, with_node, without
     gc.collect()
     assert registrar.registered == {} and host.locked == 0
 

@@ -234,6 +234,43 @@ def check_pages_stay_locked_while_a_model_is_out_for_a_stage() -> None:
         assert locked == comfy.model_management.TOTAL_PINNED_MEMORY
 
 
+def check_without_the_node_nothing_stays_locked() -> None:
+    for made in (arriving, streaming):
+        stage_checks.nothing_loaded()
+        with arrivals():
+            model = made(classic())
+            picture = moving(StagePolicy("cond_diffusion", **stage_checks.NO_ROOM), model)
+            picture.draw()
+            picture.encode_text()
+            assert kept_bytes(picture)[0] or MODE == "gpu-dynamic"
+            comfy.model_management.load_models_gpu([model])
+            assert kept_bytes(picture)[0] == 0
+            unload()
+
+
+def check_the_node_may_come_before_block_swap() -> None:
+    stage_checks.nothing_loaded()
+    with arrivals():
+        picture = moving(StagePolicy("cond_diffusion", **stage_checks.NO_ROOM), classic())
+        picture.model = streaming(picture.model)
+        picture.draw()
+        assert kept_bytes(picture)[0] or MODE == "gpu-dynamic"
+        release("all", "offload")
+
+
+def check_what_the_host_forgets_is_counted_again() -> None:
+    manager = comfy.model_management
+    before, most = manager.TOTAL_PINNED_MEMORY, manager.MAX_PINNED_MEMORY
+    manager.MAX_PINNED_MEMORY = before + 100
+    compat.account_pinned(70)
+    manager.TOTAL_PINNED_MEMORY = 0  # as 0.18's `unpin_memory` leaves it
+    assert compat.pinned_memory_left() <= before + 30
+    manager.TOTAL_PINNED_MEMORY = 0
+    compat.account_pinned(-70)
+    assert manager.TOTAL_PINNED_MEMORY >= 0
+    manager.TOTAL_PINNED_MEMORY, manager.MAX_PINNED_MEMORY = before, most
+
+
 def check_nothing_stays_locked_where_there_is_room_for_all() -> None:
     stage_checks.nothing_loaded()
     with arrivals():
