@@ -79,13 +79,10 @@ class UnlockedLast(stretches.Crossing):
         return complete
 
 
-class Populated(stretches.Crossing):
+class PopulatedUnlockedLast(UnlockedLast):
     def _lock(self, stretch: stretches.Stretch) -> str:
         populate(self._mapped[stretch.file], (stretch.start, stretch.stop))
         return super()._lock(stretch)
-
-
-class PopulatedUnlockedLast(UnlockedLast, Populated): ...
 
 
 @dataclass(frozen=True)
@@ -97,8 +94,8 @@ class Dials:
     crossing: type[stretches.Crossing] = stretches.Crossing
 
     def __str__(self) -> str:
-        kind = {UnlockedLast: ", unlocked last", Populated: ", populated"}
-        said = kind.get(self.crossing, ", populated, unlocked last" if self.crossing is PopulatedUnlockedLast else "")
+        kinds = {UnlockedLast: ", unlocked last", PopulatedUnlockedLast: ", populated, unlocked last"}
+        said = kinds.get(self.crossing, "")
         return f"stretches {self.mib} MiB x {self.locked}, {self.lockers} threads{said}"
 
     def __call__(self, weights: dict[int, Weight], device: Device) -> object:
@@ -118,7 +115,7 @@ WAYS = (
     Dials(),
     Dials(128, NO_LIMIT, crossing=UnlockedLast),
     Dials(128, NO_LIMIT, 8, 4, crossing=PopulatedUnlockedLast),
-    *(Ring(8, 32, threads) for threads in (2, 4, 8)),
+    *(Ring(8, 32, threads) for threads in (2, 4)),
     *(Ring(mib, places, 8, keep) for mib, places in ((2, 64), (4, 32), (8, 32), (32, 16)) for keep in (False, True)),
     Ring(4, 32, 12, True),
 )

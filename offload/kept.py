@@ -31,6 +31,7 @@ import torch
 
 from .device import Device
 from .files import StoredFile, Weight, WeightFile
+from .living import Living
 from .page_cache import SHARE_OF_FREE_RAM as SHARE_LOCKED
 from .page_cache import RegisteredFile, locked_bytes
 
@@ -96,8 +97,7 @@ class KeptPages:
         self._users = 0
         self._guard = threading.RLock()
         weakref.finalize(self, self._held.close).atexit = False  # the end of the process unlocks everything
-        with _listing:
-            _all.add(self)
+        _all.add(self)
 
     @property
     def nbytes(self) -> int:
@@ -227,8 +227,7 @@ class Use:
         self._pages.give_back()
 
 
-_all: weakref.WeakSet[KeptPages] = weakref.WeakSet()
-_listing = threading.Lock()  # a set may not grow while it is listed
+_all: Living[KeptPages] = Living()
 _of_networks: weakref.WeakKeyDictionary[torch.nn.Module, KeptPages] = weakref.WeakKeyDictionary()
 _leaving: set[int] = set()  # networks, by their id, that are on their way out for a stage
 
@@ -294,24 +293,19 @@ def settle(network: torch.nn.Module) -> None:
 
 def kept_bytes() -> int:
     """That are locked now, of all networks."""
-    return sum(pages.nbytes for pages in _everyone())
+    return sum(pages.nbytes for pages in _all.all())
 
 
 def give_all_back() -> int:
     """Unlock whatever is not in use, of all networks; bytes."""
-    return sum(pages.give_back() for pages in _everyone())
+    return sum(pages.give_back() for pages in _all.all())
 
 
 def relieve() -> int:
     """Where free RAM has become short, give back until no more than the share of it is kept; bytes."""
     freed = 0
-    for pages in sorted(_everyone(), key=lambda pages: -pages.nbytes):
+    for pages in sorted(_all.all(), key=lambda pages: -pages.nbytes):
         if kept_bytes() <= SHARE_OF_FREE_RAM * psutil.virtual_memory().available:
             break
         freed += pages.give_back()
     return freed
-
-
-def _everyone() -> list[KeptPages]:
-    with _listing:
-        return list(_all)

@@ -13,10 +13,8 @@ Registering reads what is not cached, with nobody told and at less than the disk
 from __future__ import annotations
 
 import mmap
-import threading
 import time
 import warnings
-import weakref
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator
 from contextlib import nullcontext
@@ -30,6 +28,7 @@ from ..loaders.sizes import size
 from .errors import NoRoomToLockError, RefusedError
 from .files import Key, OpenFiles, StoredFile, Weight, WeightFile, streamed_bytes
 from .host_memory import HostSource, Request, hold_memory
+from .living import Living
 from .registration import Registrar
 
 if TYPE_CHECKING:
@@ -138,16 +137,13 @@ def used_spans(weights: Iterable[Weight], size: int) -> list[tuple[int, int]]:
     return spans
 
 
-_all: weakref.WeakSet[RegisteredFile] = weakref.WeakSet()
-_listing = threading.Lock()  # a set may not grow while it is listed
+_all: Living[RegisteredFile] = Living()
 
 
 def locked_bytes(beside: Container[StoredFile | None] = ()) -> int:
     """RAM that is locked for files now, without those in `beside`. What two GPUs have locked is there once."""
-    with _listing:
-        everyone = list(_all)
     of_files: Counter[StoredFile] = Counter()
-    for one in everyone:
+    for one in _all.all():
         if one.stored not in beside:
             of_files[one.stored] += one.locked
     return sum(min(nbytes, file.size) for file, nbytes in of_files.items())
@@ -163,8 +159,7 @@ class RegisteredFile:
             self.data = torch.from_numpy(np.frombuffer(self._map, dtype=np.uint8))
         self.stored, self._registrar = file.stored, registrar
         self._ends: dict[int, int] = {}  # of every registered range
-        with _listing:
-            _all.add(self)
+        _all.add(self)
 
     @property
     def locked(self) -> int:

@@ -88,7 +88,7 @@ def small_cells(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(arrival, "WORTH_LOCKING", 1)
     yield
     gc.collect()
-    assert not kept._all, "somebody still has pages"
+    assert not kept._all.all(), "somebody still has pages"
 
 
 @pytest.fixture

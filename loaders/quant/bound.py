@@ -1,8 +1,7 @@
 """What a layer does with a quantised weight that stays where it is, prepared once.
 
 A sampling step of few tokens waits for Python. What depends on the weight alone (the kernel, its address, its grid) is
-therefore found out once and not at every call. A weight that is streamed is another tensor at each use, and there is
-nothing to keep.
+therefore found out once and not at every call.
 """
 
 from __future__ import annotations

@@ -9,6 +9,11 @@ DEVICE void scale(float (&total)[4], const float (&sum)[4], float upper, float l
     total[3] = fmaf(lower, sum[3], total[3]);
 }
 
+// The same by block `b` of a pair in each row, whose scales the first and a middle word of the pair have.
+DEVICE void scale_of_pair(float (&total)[4], const float (&sum)[4], int b, const u32* first, const u32* middle) {
+    scale(total, sum, b ? f16_high(middle[0]) : f16_low(first[0]), b ? f16_high(middle[1]) : f16_low(first[1]));
+}
+
 // The run of which `upper` and `lower` are rows g and g + 8: fields of the four bytes where they stand.
 DEVICE void add_fields(float (&sum)[4], u32 upper, u32 lower, u32 field, const Inputs& x, int run) {
     u32 mask = field * 0x10001u;
@@ -45,7 +50,6 @@ DEVICE void add_slice(float (*total)[4], const Places& in, const Inputs& x, cons
             for (int i = 0; i < COUNT; ++i) {
                 float sum[4];
                 begin(sum, in.zeros, pair * 2 + b);
-                const u32 *f = first + 2 * i, *m = middle + 2 * i;
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {  // 128 added to signed bytes
                     u32 upper = w[2 * i][2 * b + j], lower = w[2 * i + 1][2 * b + j];
@@ -54,7 +58,7 @@ DEVICE void add_slice(float (*total)[4], const Places& in, const Inputs& x, cons
                             flipped(upper >> 8, mask, flip), flipped(lower >> 8, mask, flip), x,
                             pair * 4 + b * 2 + j);
                 }
-                scale(total[i], sum, b ? f16_high(m[0]) : f16_low(f[0]), b ? f16_high(m[1]) : f16_low(f[1]));
+                scale_of_pair(total[i], sum, b, first + 2 * i, middle + 2 * i);
             }
     }
 }
@@ -80,10 +84,9 @@ DEVICE void add_slice(float (*total)[4], const Places& in, const Inputs& x, cons
             for (int i = 0; i < COUNT; ++i) {
                 float sum[4];
                 begin(sum, in.zeros, pair * 2 + b);
-                const u32 *f = first + 2 * i, *m = middle + 2 * i;
                 add_fields(sum, w[2 * i][b], w[2 * i + 1][b], 0x0f, x, pair * 4 + b * 2);
                 add_fields(sum, w[2 * i][b], w[2 * i + 1][b], 0xf0, x, pair * 4 + b * 2 + 1);
-                scale(total[i], sum, b ? f16_high(m[0]) : f16_low(f[0]), b ? f16_high(m[1]) : f16_low(f[1]));
+                scale_of_pair(total[i], sum, b, first + 2 * i, middle + 2 * i);
             }
     }
 }
@@ -121,10 +124,9 @@ DEVICE void add_slice(float (*total)[4], const Places& in, const Inputs& x, cons
             for (int i = 0; i < COUNT; ++i) {
                 float sum[4];
                 begin(sum, in.zeros, pair * 2 + b);
-                const u32 *f = first + 2 * i, *m = middle + 2 * i;
                 add_fields(sum, w[b][0][2 * i], w[b][0][2 * i + 1], 0x1f, x, pair * 4 + b * 2);
                 add_fields(sum, w[b][1][2 * i], w[b][1][2 * i + 1], 0x1f, x, pair * 4 + b * 2 + 1);
-                scale(total[i], sum, b ? f16_high(m[0]) : f16_low(f[0]), b ? f16_high(m[1]) : f16_low(f[1]));
+                scale_of_pair(total[i], sum, b, first + 2 * i, middle + 2 * i);
             }
     }
 }
