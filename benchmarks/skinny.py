@@ -5,7 +5,7 @@
     python benchmarks/skinny.py --compile --types Q4_K    (fills Triton's cache and measures nothing)
     python benchmarks/skinny.py --types Q4_K --cuts 2,1,2,2 1,1,2,4    (tiles, segment, stages, warps: see tiling.py)
     python benchmarks/skinny.py --rows 1 8 --seconds 60    (starts nothing new after that)
-    python benchmarks/skinny.py --program-cuts 12,4,1,1 12,4,2,1    (warps, stages, split, sixteens: see few_rows.py)
+    python benchmarks/skinny.py --program-cuts 12,4,1 12,4,0,1,2    (warps, stages, split, sixteens, teams: few_rows.py)
     python benchmarks/skinny.py --vllm DIR                (DIR holds vllm_gguf_plugin/)
 
 Needs torch with CUDA, Triton and gguf. The roofline is the time in which the same run reads the quantised bytes and
@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", metavar="TYPE", help="names such as Q4_K; all when left out")
     parser.add_argument("--shapes", nargs="+", metavar="ROWSxCOLUMNS", help="such as 18432x3072")
     parser.add_argument("--cuts", nargs="+", default=[], help="other cuts of tiles, each as 2,1,2,2")
-    parser.add_argument("--program-cuts", nargs="+", default=[], help="other cuts of the CUDA program, as 12,4,1,1")
+    parser.add_argument("--program-cuts", nargs="+", default=[], help="other cuts of the CUDA program, as 12,4,2")
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS, help="of x")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing new after that many")
     parser.add_argument("--vllm", type=Path, help="the folder that holds vllm_gguf_plugin/")

@@ -39,6 +39,7 @@ std::vector<Warp> warps;
 ucontext_t scheduler;
 int current, first_program, threads, cluster_arrived, cluster_age;
 int block_arrived[SPLIT], block_age[SPLIT];
+int pair_arrived[16], pair_age[16];  // teams are for programs without a cluster
 const unsigned char *weight, *weight_end;
 constexpr int MARGIN = 4096;
 alignas(128) unsigned char shared[SPLIT][SHARED + MARGIN];
@@ -132,6 +133,13 @@ template <class T> static inline T read_in(const T* p, int rank) { return *in(p,
 static inline void __syncwarp() {
     machine::Warp& w = machine::warps[machine::current / 32];
     machine::gather(w.arrived, w.age, 32, [] {});
+}
+
+static inline void sync_pair(int pair) {
+    if (TEAMS > 1)
+        machine::gather(machine::pair_arrived[pair], machine::pair_age[pair], 64, [] {});
+    else
+        __syncwarp();
 }
 
 static inline float number(uint32_t bits) {

@@ -90,10 +90,15 @@ def emulated(
 DEFAULT = ()  # the cut of a large GPU, for a multiprocessor's share of a layer
 
 # Few multiprocessors and warps give programs several tiles, several goes over them and a ring that is used again.
-CASES = [  # type, n, k, m, (warps, stages, split, sixteens), multiprocessors, type of x, of the result
+CASES = [  # type, n, k, m, (warps, stages, split, sixteens, teams), multiprocessors, x, result
     (GGMLType.Q4_0, 70, 3072, 8, DEFAULT, 1, torch.bfloat16, torch.float32),
     (GGMLType.Q8_0, 36, 3072, 1, DEFAULT, 1, torch.bfloat16, torch.float32),
     (GGMLType.Q4_K, 38, 3072, 8, DEFAULT, 1, torch.bfloat16, torch.bfloat16),
+    (GGMLType.Q4_K, 24, 5120, 8, DEFAULT, 1, torch.bfloat16, torch.float32),
+    (GGMLType.Q8_0, 70, 1024, 8, (4, 3, 0, 1, 2), 1, torch.bfloat16, torch.float32),
+    (GGMLType.Q4_K, 90, 512, 2, (2, 2, 0, 1, 2), 1, torch.bfloat16, torch.float32),
+    (GGMLType.Q6_K, 110, 768, 8, (3, 3, 0, 1, 2), 1, torch.bfloat16, torch.float32),
+    (GGMLType.Q4_K, 70, 3072, 8, (3, 2, 4), 4, torch.bfloat16, torch.float32),
     (GGMLType.Q6_K, 24, 12288, 8, DEFAULT, 2, torch.bfloat16, torch.float32),
     (GGMLType.Q4_K, 36, 12288, 8, DEFAULT, 2, torch.bfloat16, torch.float32),
     (GGMLType.Q8_0, 40, 768, 8, (2, 2), 1, torch.bfloat16, torch.float32),
@@ -107,6 +112,16 @@ CASES = [  # type, n, k, m, (warps, stages, split, sixteens), multiprocessors, t
     (GGMLType.Q6_K, 35, 1280, 7, (3, 3), 2, torch.float16, torch.float32),
     (GGMLType.Q4_0, 100, 1280, 8, (2, 3, 2), 4, torch.bfloat16, torch.float32),
     (GGMLType.Q6_K, 40, 1792, 3, (2, 2, 2), 4, torch.bfloat16, torch.float32),
+    (GGMLType.Q2_K, 38, 3072, 8, DEFAULT, 1, torch.bfloat16, torch.float32),
+    (GGMLType.Q2_K, 40, 768, 5, (2, 2), 1, torch.float16, torch.float32),
+    (GGMLType.Q2_K, 40, 1280, 8, (5, 4, 0, 2), 1, torch.bfloat16, torch.float32),
+    (GGMLType.Q3_K, 38, 3072, 8, DEFAULT, 1, torch.bfloat16, torch.float32),
+    (GGMLType.Q3_K, 35, 1280, 7, (3, 3), 2, torch.float16, torch.float32),
+    (GGMLType.Q3_K, 77, 1536, 8, (6, 4, 0, 2), 1, torch.bfloat16, torch.float32),
+    (GGMLType.IQ4_NL, 38, 3072, 8, DEFAULT, 1, torch.bfloat16, torch.float32),
+    (GGMLType.IQ4_NL, 40, 768, 5, (2, 2), 1, torch.float16, torch.float32),
+    (GGMLType.IQ4_XS, 38, 3072, 8, DEFAULT, 1, torch.bfloat16, torch.float32),
+    (GGMLType.IQ4_XS, 35, 1280, 7, (3, 3), 2, torch.float16, torch.float32),
     (GGMLType.Q5_K, 40, 768, 8, (2, 2), 1, torch.bfloat16, torch.float32),
     (GGMLType.Q5_0, 40, 768, 4, (2, 2), 1, torch.bfloat16, torch.float32),
     (GGMLType.Q4_1, 40, 768, 8, (2, 2), 1, torch.bfloat16, torch.float32),
@@ -163,7 +178,7 @@ def test_a_product_fits_the_gpu(gpu, shape, ggml_type, m):
     """Shared memory, registers, every row in a program, and no two rows that a load touches at once in one bank."""
     plan = few_rows.Plan(ggml_type, *shape, m, gpu)
     stages, rows = plan.stages_and_rows
-    assert stages >= 2 and plan.shared <= gpu.shared and plan.threads <= 512
+    assert stages >= 2 and plan.shared <= gpu.shared and plan.threads * 72 <= 65536
     assert (plan.grid // plan.split - 1) * rows < shape[0] <= plan.grid // plan.split * rows
     assert plan.grid % plan.split == 0 and (plan.split == 1 or gpu == H200)
     at_once = few_rows.TYPES[ggml_type].words
@@ -172,7 +187,7 @@ def test_a_product_fits_the_gpu(gpu, shape, ggml_type, m):
 
 
 @pytest.mark.parametrize(
-    "case", [(GGMLType.IQ4_NL, 64, 256, 1), (GGMLType.Q8_0, 64, 288, 1), (GGMLType.Q8_0, 64, 256, 9)]
+    "case", [(GGMLType.IQ2_XS, 64, 256, 1), (GGMLType.Q8_0, 64, 288, 1), (GGMLType.Q8_0, 64, 256, 9)]
 )
 def test_what_there_is_no_program_for_is_refused(case):
     with pytest.raises(ValueError, match="there is a program for 1 to 8 rows"):

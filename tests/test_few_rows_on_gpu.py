@@ -18,7 +18,7 @@ import torch
 from block_bytes import random_blocks
 from pack.loaders.gguf.types import BLOCKS, GGMLType
 from pack.loaders.quant import dispatch, reference
-from pack.loaders.quant.kernels import nvrtc
+from pack.loaders.quant.kernels import few_rows, nvrtc
 from test_few_rows_cuda import bound
 
 pytest.importorskip("triton", reason="Triton is not installed: its wheels are for Linux")
@@ -97,8 +97,11 @@ SHAPES = [(1, 256), (50, 512), (777, 2816), (3072, 3072), (3072, 12288), (9216, 
 
 @pytest.mark.cuda
 @on_hopper
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("ggml_type", TYPES, ids=lambda t: t.name)
+@pytest.mark.parametrize(
+    ("ggml_type", "shape"),
+    [(t, shape) for t in few_rows.TYPES for shape in (SHAPES if t in TYPES else SHAPES[2:5])],
+    ids=lambda p: getattr(p, "name", str(p)),
+)
 def test_equals_the_exact_product(ggml_type, shape, rng, multiply):
     for m, dtype, bias in (
         (1, torch.bfloat16, torch.bfloat16),
@@ -123,6 +126,7 @@ def test_it_is_taken_where_it_is_faster_and_can_be(rng, multiply):
         assert program(ggml_type, 3072) == program(ggml_type, 3072, m=1) == products.SOURCE
         assert program(ggml_type, 3072, rows=3072) == products.SOURCE
         assert program(ggml_type, 3072, rows=3072, m=1) != products.SOURCE
+    assert set(products.FROM) == set(SCALES)
     assert program(GGMLType.Q8_0, 256) != products.SOURCE
     assert program(GGMLType.Q8_0, 3072, lead=2) != products.SOURCE
     assert program(GGMLType.Q8_0, 288) != products.SOURCE
@@ -138,12 +142,18 @@ SCALES = {
     GGMLType.Q4_0: {0: 2.0**-11},
     GGMLType.Q4_K: {0: 2.0**-14, 2: 7.5 * 2.0**-14},
     GGMLType.Q6_K: {208: 2.0**-16},
+    GGMLType.Q4_1: {0: 2.0**-11, 2: -7.5 * 2.0**-11},
+    GGMLType.Q5_0: {0: 2.0**-12},
+    GGMLType.Q2_K: {80: 2.0**-10, 82: 1.5 * 2.0**-10},
+    GGMLType.Q3_K: {108: 2.0**-12},
+    GGMLType.Q5_K: {0: 2.0**-15, 2: 15.5 * 2.0**-15},
+    GGMLType.IQ4_XS: {0: 2.0**-17},
 }
 
 
 @pytest.mark.cuda
 @on_hopper
-@pytest.mark.parametrize("ggml_type", TYPES, ids=lambda t: t.name)
+@pytest.mark.parametrize("ggml_type", SCALES, ids=lambda t: t.name)
 def test_bound_calls_in_a_row_wait_for_what_they_read(ggml_type, rng, multiply):
     """Each begins before the one in front has ended and reads what that writes. On a stream of its own, behind a copy
     of x and in front of a kernel that overwrites it."""

@@ -2,7 +2,7 @@
 
 A program holds x for its columns in registers and streams its rows of the weight through shared memory, so what there
 is to choose is how many warps share a row, how many rows are on their way at once, and whether two programs share rows
-that are long and few. The cuts are measured on an H200: benchmarks/results/few_rows_h200.txt.
+that are long and few. The cuts are measured on an H200 (benchmarks/results/few_rows_h200.txt); two teams lost there.
 """
 
 from __future__ import annotations
@@ -17,27 +17,30 @@ from ...gguf.types import BLOCKS, GGMLType
 
 SLICE = 256  # columns of a warp
 ROWS = 8  # of x, at most
-HEAD = 1024  # bytes of shared memory for barriers, and the tiles and stages that these are enough for
-TILES, STAGES = 100, 14
+HEAD = 512  # bytes of shared memory for barriers, and the tiles and stages that these are enough for
+TILES, STAGES = 36, 14
+SLOTS = 2  # tiles whose sums are kept at once, where a program has a tile's all at once
 HOPPER = 200 * 1024  # a program may have more shared memory only where there are clusters
+WIDE = 20  # warps at most, where that many have a whole row
+TEAMED = 12  # warps at most that there may be twice: of so many threads each has registers enough
 
 
 @dataclass(frozen=True)
 class Facts:
     """Of a type. Attributes:
     words: that a lane reads at once, which is what rows must not share banks for.
-    sixteens: of rows in a tile that makes all of a program's share, at most.
     split: programs that share rows which are long and few: where the weight's bytes take longer than the products, x is
         better asked for once again.
+    teams: see `Cut`.
     """
 
     words: int = 1
-    sixteens: int = 2
     split: int = 2
+    teams: int = 1
 
 
 TYPES = {
-    GGMLType.Q8_0: Facts(sixteens=1, split=1),
+    GGMLType.Q8_0: Facts(split=1),
     GGMLType.Q4_0: Facts(),
     GGMLType.Q4_K: Facts(words=2),
     GGMLType.Q6_K: Facts(),
@@ -45,22 +48,31 @@ TYPES = {
     GGMLType.Q5_0: Facts(),
     GGMLType.Q4_1: Facts(),
     GGMLType.Q5_1: Facts(),
+    GGMLType.Q2_K: Facts(),
+    GGMLType.Q3_K: Facts(),
+    GGMLType.IQ4_NL: Facts(),
+    GGMLType.IQ4_XS: Facts(),
 }
+BY_16 = (GGMLType.Q2_K, GGMLType.Q3_K, GGMLType.Q6_K)  # groups of 16 elements
+BY_32 = (GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.IQ4_XS)  # groups of 32 elements, with scales of few bits
+HALVES = (GGMLType.Q3_K, GGMLType.Q6_K)  # superblocks that begin with half a word
 
 
 @dataclass(frozen=True)
 class Cut:
     """Attributes:
-    warps: of a program that multiply, at most; a program has two more, one copies and one sums up.
+    warps: of a team at most; a program has two more, one copies and one sums up.
     stages: sixteens of rows, or of parts of rows, that a program has room for, at most.
-    split: programs that share the columns of the same rows, 1 or 2; 0 to choose.
-    sixteens: of rows in a tile, 1 or 2; 0 to choose.
+    split: programs that share the columns of the same rows; 0 to choose.
+    sixteens: of rows in a tile, 1 or 2.
+    teams: of as many warps, that take tiles in turns, 1 or 2; 0 to choose.
     """
 
     warps: int = 12
     stages: int = 4
     split: int = 0
-    sixteens: int = 0
+    sixteens: int = 1
+    teams: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,25 +113,29 @@ class Plan:
         layout = BLOCKS[self.ggml_type]
         return SLICE // layout.elements * layout.nbytes
 
-    @cached_property
+    @property
     def sixteens(self) -> int:
-        """Two only where they make one tile of a program's share, and if there is room for two such tiles: they hide
-        each other's latencies, but in a row of tiles the next one comes later than it would."""
-        rows = ceil(self.n / self.groups)
-        if self.cut.sixteens:
-            return self.cut.sixteens
-        fits = self._shared(2, 1, self._most_warps, 2) <= self.gpu.shared
-        return TYPES[self.ggml_type].sixteens if 16 < rows <= 32 and fits else 1
+        return self.cut.sixteens
 
     @property
     def tile(self) -> int:
         """Rows of the weight that are multiplied at once."""
         return 16 * self.sixteens
 
+    @property
+    def _few(self) -> bool:
+        """Whether the rows are so few that it costs more to go over them again than to begin with more of x."""
+        return self.n <= 64 * self.gpu.multiprocessors and TYPES[self.ggml_type].split > 1
+
+    @property
+    def _warps_at_most(self) -> int:
+        wide = self.cut.warps == Cut.warps and not self.cut.split and self._few and self.gpu.shared >= HOPPER
+        return WIDE if wide and self.cut.warps < self.k // SLICE <= WIDE else self.cut.warps
+
     @cached_property
     def split(self) -> int:
-        goes = ceil(self.k / SLICE / self.cut.warps)
-        if self.cut.split or goes == 1 or self.n > 64 * self.gpu.multiprocessors or self.gpu.shared < HOPPER:
+        goes = ceil(self.k / SLICE / self._warps_at_most)
+        if self.cut.split or goes == 1 or not self._few or self.gpu.shared < HOPPER:
             return self.cut.split or 1
         return TYPES[self.ggml_type].split
 
@@ -133,16 +149,12 @@ class Plan:
         """Of a program."""
         return ceil(self.k / SLICE / self.split)
 
-    @property
-    def _most_warps(self) -> int:
-        return ceil(self.slices / ceil(self.slices / self.cut.warps))
-
     @cached_property
     def warps(self) -> int:
         """As few as need not go over the tiles more often, and no more than there is shared memory for."""
         tiles = ceil(self.n / self.groups / self.tile)
         fitting = 1
-        for goes in range(ceil(self.slices / self.cut.warps), self.slices + 1):
+        for goes in range(ceil(self.slices / self._warps_at_most), self.slices + 1):
             fitting = ceil(self.slices / goes)
             if self._shared(2, min(tiles, TILES), fitting, self.sixteens) <= self.gpu.shared:
                 break
@@ -157,12 +169,27 @@ class Plan:
         chunks = ceil(warps * self.slice_bytes / 16) + (self.slice_bytes % 16 != 0)
         return 16 * (chunks + (1 - chunks % 2 if TYPES[self.ggml_type].words == 1 else (2 - chunks) % 4))
 
+    def _slots(self, warps: int) -> int:
+        """Tiles whose sums are kept; 0 for all: where warps go over them again, or other programs read them."""
+        return SLOTS if self.slices <= warps and self.split == 1 else 0
+
     def _shared(self, stages: int, tiles: int, warps: int, sixteens: int) -> int:
-        portion, spread, groups = (128, 80, 16) if self.ggml_type is GGMLType.Q6_K else (64, 48, 8)
-        scratch = max(8 * (portion * 2 + 16), 16 * sixteens * spread)
-        zeros = 0 if self.ggml_type in (GGMLType.Q4_K, GGMLType.Q5_K) else groups * 64
-        sums = tiles * sixteens * ceil(self.m / 2) * 128
-        return HEAD + stages * 16 * sixteens * self._pitch(warps) + warps * (scratch + zeros + sums)
+        by_16, by_32 = self.ggml_type in BY_16, self.ggml_type in BY_32
+        portion, spread = (128, 112) if by_16 else (64, 48 if by_32 else 0)
+        slots, teams = self._slots(warps), self._teams(warps)
+        scratch = max(8 * (portion * 2 + 16), 16 * sixteens * (spread + slots // teams * 32))
+        zeros = 0 if spread and self.ggml_type is not GGMLType.IQ4_XS else 256
+        sums = 0 if slots else tiles * sixteens * ceil(self.m / 2) * 128
+        return HEAD + stages * 16 * sixteens * self._pitch(warps) + warps * (teams * (scratch + zeros) + sums)
+
+    def _teams(self, warps: int) -> int:
+        if not self._slots(warps) or warps > TEAMED:
+            return 1
+        return self.cut.teams or TYPES[self.ggml_type].teams
+
+    @property
+    def teams(self) -> int:
+        return self._teams(self.warps)
 
     @cached_property
     def stages_and_rows(self) -> tuple[int, int]:
@@ -170,7 +197,8 @@ class Plan:
         rows = ceil(self.n / self.groups)
         tiles = ceil(rows / self.tile)
         for stages in range(max(2, min(self.cut.stages // self.sixteens, STAGES)), 1, -1):
-            if tiles <= TILES and self._shared(stages, tiles, self.warps, self.sixteens) <= self.gpu.shared:
+            fits = self._shared(stages, tiles, self.warps, self.sixteens) <= self.gpu.shared
+            if fits and (tiles <= TILES or self._slots(self.warps)):
                 return stages, rows
         tiles = min(tiles, TILES)  # more programs than run at once, then
         while tiles and self._shared(2, tiles, self.warps, self.sixteens) > self.gpu.shared:
@@ -190,7 +218,7 @@ class Plan:
 
     @property
     def threads(self) -> int:
-        return (self.warps + 2) * 32
+        return (self.warps * self.teams + 2) * 32
 
     def definitions(self, x: torch.dtype, out: torch.dtype) -> tuple[str, ...]:
         """What the source is compiled with, for the types of x, bfloat16 or float16, and of the result."""
@@ -203,5 +231,8 @@ class Plan:
             "SPLIT": self.split,
             "SIXTEENS": self.sixteens,
             "ONCE": int(self.slices <= self.warps),
+            "ODD": int(self.ggml_type in HALVES and self.k // SLICE % 2),
+            "SLOTS": self._slots(self.warps),
+            "TEAMS": self.teams,
         }
         return tuple(f"-D{name}={value}" for name, value in facts.items())

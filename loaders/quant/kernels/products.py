@@ -35,7 +35,18 @@ MEASURED = frozenset({(9, 0)})
 # Types for which it is taken, because it was measured to be faster than Triton's programs: always by weights of more
 # than LARGE elements, and by smaller ones, of which reading x is a larger part, from that many rows of x on. That is so
 # even if the kernel in front has to end first. The other types of few_rows.TYPES were not run on a GPU yet.
-FROM = {GGMLType.Q8_0: 2, GGMLType.Q4_0: 4, GGMLType.Q4_K: 4, GGMLType.Q6_K: 4}
+FROM = {
+    GGMLType.Q8_0: 2,
+    GGMLType.Q4_0: 4,
+    GGMLType.Q4_1: 4,
+    GGMLType.Q5_0: 4,
+    GGMLType.Q2_K: 2,
+    GGMLType.Q3_K: 4,
+    GGMLType.Q4_K: 4,
+    GGMLType.Q5_K: 4,
+    GGMLType.Q6_K: 4,
+    GGMLType.IQ4_XS: 2,
+}
 LARGE = 1 << 24
 SMALLEST = 1 << 23  # elements of a weight for which that was measured
 

@@ -1,4 +1,5 @@
-// What few_rows.cu needs of a GPU of compute capability 9.0 or more and C++ has no words for. tests/cuda_on_cpu.h says the same of a CPU.
+// What few_rows.cu needs of a GPU of compute capability 9.0 or more and C++ has no words for. tests/cuda_on_cpu.h says
+// the same of a CPU.
 
 #define DEVICE __device__ __forceinline__
 
@@ -112,6 +113,14 @@ DEVICE void sync_cluster() { __syncthreads(); }
 DEVICE void barrier_arrive_in(u64* bar, int) { barrier_arrive(bar); }
 DEVICE Floats4 read_in(const Floats4* p, int) { return *p; }
 #endif
+
+// The warps of a pair wait for each other.
+DEVICE void sync_pair(int pair) {
+    if (TEAMS > 1)
+        asm volatile("bar.sync %0, 64;" ::"r"(pair) : "memory");
+    else
+        __syncwarp();
+}
 
 DEVICE void let_next_start() { asm volatile("griddepcontrol.launch_dependents;"); }
 

@@ -23,9 +23,9 @@ DEVICE void add_fields(float (&sum)[4], u32 upper, u32 lower, u32 field, const I
 // The bits of `w` that the mask has, and for the others those of `high`, in one instruction.
 DEVICE u32 merged(u32 w, u32 high, u32 mask) { return high ^ ((w ^ high) & mask); }
 
-DEVICE void begin(float (&sum)[4], const Floats4* zeros, int group) {
-    Floats4 z = zeros[group * 4];
-    sum[0] = z.at[0], sum[1] = z.at[1], sum[2] = z.at[2], sum[3] = z.at[3];
+DEVICE void begin(float (&sum)[4], const Floats2* zeros, int group) {
+    Floats2 z = zeros[group * 4];
+    sum[0] = sum[2] = z.a, sum[1] = sum[3] = z.b;
 }
 
 #if TYPE == Q8_0
@@ -64,7 +64,61 @@ DEVICE void add_slice(float (*total)[4], const Places& in, const Inputs& x, cons
 }
 #endif
 
-#if TYPE == Q4_0
+#if CODES
+// The bytes, 128 added, that eight nibbles stand for: those of bytes 0 and 1 of `w`, low before high, and of 2 and 3.
+DEVICE Words2 looked_up(u32 w) {
+    u32 low = w & 0x77777777u, high = (w >> 1 & 0x44444444u) | 0x32103210u;
+    Words2 y;
+    y.a = permuted(permuted(0x3f2d1801u, 0x766a5d4fu, low), permuted(0xa6998d81u, 0xf1d9c5b5u, low), high);
+    low >>= 16, high >>= 16;
+    y.b = permuted(permuted(0x3f2d1801u, 0x766a5d4fu, low), permuted(0xa6998d81u, 0xf1d9c5b5u, low), high);
+    return y;
+}
+
+// 32 elements, whose nibbles are `upper` and `lower`; a run's pairs are neighbours.
+DEVICE void add_codes(float (&sum)[4], u32 upper, u32 lower, const Inputs& x, int run) {
+    Words2 up = looked_up(upper), low = looked_up(lower);
+    u32 mask = 0x00ff00ffu;
+    add_run(sum, up.a & mask, low.a & mask, up.b & mask, low.b & mask, x, run);
+    add_run(sum, permuted(up.a, 0, 0x4341), permuted(low.a, 0, 0x4341), permuted(up.b, 0, 0x4341),
+            permuted(low.b, 0, 0x4341), x, run + 1);
+}
+#endif
+
+#if TYPE == IQ4_XS
+// Lane 2 r + h leaves d times scales 4 h to 4 h + 3 of row r in float32.
+DEVICE void spread_scales(const Places& in, int half, int i) {
+    Words2 head = *(const Words2*)(in.head + i * 16 * PITCH);
+    u32 low = head.b >> half * 16, high = head.a >> (16 + half * 8);
+    u32 scales = permuted(low & 0x0f0fu, low >> 4 & 0x0f0fu, 0x5140);
+    scales |= (high & 0x03) << 4 | (high & 0x0c) << 10 | (high & 0x30) << 16 | (high & 0xc0) << 22;
+    Floats4 y;
+#pragma unroll
+    for (int at = 0; at < 4; ++at)
+        y.at[at] = (number(permuted(scales, 0x47000000u, 0x7404 | at << 4)) - 32800.0f) * f16_low(head.a);
+    *(Floats4*)(in.scales_to + i * 16 * SCALES_PITCH) = y;
+}
+
+template <bool SHIFTED, int COUNT>
+DEVICE void add_slice(float (*total)[4], const Places& in, const Inputs& x, const Lane& l) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i)
+        spread_scales(in, l.lane % 2, i);
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < 8 * COUNT; ++j) {
+        int group = j / COUNT, i = j % COUNT;
+        const u8* scales = in.scales + i * 16 * SCALES_PITCH + group * 4;
+        const u8* own = in.own + i * 16 * PITCH + 8 + group * 16;
+        float sum[4];
+        begin(sum, in.zeros, group);
+        add_codes(sum, word(own), word(own + 8 * PITCH), x, group * 2);
+        scale(total[i], sum, *(const float*)scales, *(const float*)(scales + 8 * SCALES_PITCH));
+    }
+}
+#endif
+
+#if TYPE == Q4_0 || TYPE == IQ4_NL
 template <bool SHIFTED, int COUNT>
 DEVICE void add_slice(float (*total)[4], const Places& in, const Inputs& x, const Lane& l) {
 #pragma unroll
@@ -84,8 +138,12 @@ DEVICE void add_slice(float (*total)[4], const Places& in, const Inputs& x, cons
             for (int i = 0; i < COUNT; ++i) {
                 float sum[4];
                 begin(sum, in.zeros, pair * 2 + b);
+#if CODES
+                add_codes(sum, w[2 * i][b], w[2 * i + 1][b], x, pair * 4 + b * 2);
+#else
                 add_fields(sum, w[2 * i][b], w[2 * i + 1][b], 0x0f, x, pair * 4 + b * 2);
                 add_fields(sum, w[2 * i][b], w[2 * i + 1][b], 0xf0, x, pair * 4 + b * 2 + 1);
+#endif
                 scale_of_pair(total[i], sum, b, first + 2 * i, middle + 2 * i);
             }
     }
@@ -230,77 +288,8 @@ DEVICE void add_slice(float (*total)[4], const Places& in, const Inputs& x, cons
         float least[4] = {0, 0, 0, 0};
         u32 a0 = permuted(*(const u16*)(upper + 32 + l.c * 2), 0, 0x4140);
         u32 a1 = permuted(*(const u16*)(lower + 32 + l.c * 2), 0, 0x4140);
-        mma(least, a0, a1, a0, a1, x.minima[0], x.minima[1]);
+        mma(least, a0, a1, a0, a1, x.sums[0], x.sums[1]);
         scale(total[i], least, *(const float*)(upper + 40), *(const float*)(lower + 40));
-    }
-}
-#endif
-
-#if TYPE == Q6_K
-// The word at `p` if not SHIFTED, and else the one that begins `shift` bits later.
-template <bool SHIFTED>
-DEVICE u32 word_at(const u8* p, u32 shift) {
-    if (!SHIFTED)
-        return word(p);
-    return funnel(word(p), word(p + 4), shift);
-}
-
-// Lane 2 r + h leaves d times the scales of half h of row r in float32, exactly.
-template <bool SHIFTED>
-DEVICE void spread_scales(const Places& in, const Lane& l, int i) {
-    const u8* head = in.head + i * 16 * PITCH;
-    float d = f16_low(*(const u16*)(head + 208));
-    const u8* from_here = head + l.lane % 2 * 8 - (SHIFTED ? l.shift_head / 8 : 0);
-    float from = d * -32896.0f;  // 2^15 and what makes a signed byte unsigned
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-        u32 scales = word_at<SHIFTED>(from_here + 192 + j * 4, l.shift_head) ^ 0x80808080u;
-        Floats4 y;
-#pragma unroll
-        for (int at = 0; at < 4; ++at)
-            y.at[at] = fmaf(number(permuted(scales, 0x47000000u, 0x7404 | at << 4)), d, from);
-        *(Floats4*)(in.scales_to + i * 16 * SCALES_PITCH + j * 16) = y;
-    }
-}
-
-template <bool SHIFTED, int COUNT>
-DEVICE void add_slice(float (*total)[4], const Places& in, const Inputs& x, const Lane& l) {
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i)
-        spread_scales<SHIFTED>(in, l, i);
-    __syncwarp();
-    const u8* row = in.own - (SHIFTED ? l.shift / 8 : 0);
-#pragma unroll
-    for (int j = 0; j < 2 * COUNT; ++j) {
-        int n = j / COUNT, i = j % COUNT;
-        Floats4 scales[2][2];
-#pragma unroll
-        for (int r = 0; r < 2; ++r)
-#pragma unroll
-            for (int part = 0; part < 2; ++part)
-                scales[r][part] = *(const Floats4*)(in.scales + (2 * i + r) * 8 * SCALES_PITCH + n * 32 + part * 16);
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            u32 v[4][2];
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const u8* at = row + (2 * i + r) * 8 * PITCH + n * 64 + h * 16;
-                u32 a = word_at<SHIFTED>(at, l.shift), b = word_at<SHIFTED>(at + 32, l.shift);
-                u32 high = word_at<SHIFTED>(at + 128 - n * 32, l.shift);
-                v[0][r] = merged(a, high << 4, 0x0f0f0f0fu);
-                v[1][r] = merged(b, high << 2, 0x0f0f0f0fu);
-                v[2][r] = merged(a >> 4, high, 0x0f0f0f0fu);
-                v[3][r] = merged(b >> 2, high, 0x3c3c3c3cu);  // two bits higher
-            }
-#pragma unroll
-            for (int k = 0; k < 4; ++k) {
-                float sum[4];
-                int run = n * 8 + h * 4 + k;
-                begin(sum, in.zeros, run);
-                add_fields(sum, v[k][0], v[k][1], k == 3 ? 0xfc : 0x3f, x, run);
-                scale(total[i], sum, scales[0][k / 2].at[k % 2 * 2 + h], scales[1][k / 2].at[k % 2 * 2 + h]);
-            }
-        }
     }
 }
 #endif
