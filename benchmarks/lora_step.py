@@ -12,8 +12,9 @@ other, each between runs without any LoRA:
 
     select     seconds from choosing the LoRA (file in the page cache) to the end of the first step, beyond what a
                first step takes without one. Its parts: reading the file; finding the weights by name; the factors'
-               way to the GPU; and the first step, beyond one without, with the kernels that are started for the first
-               time in this process, which Triton compiles if it never has on this machine
+               way to the GPU; and the first step, beyond one without. Kernels that are started for the first time in
+               this process (and that Triton compiles if it never has on this machine) begin to compile when the file
+               is opened, and the first step waits for what is left of that
     step       median of the later steps of 1024 x 1024 and 256 x 256 pixels, and relative to without
     vram       bytes allocated on the device while sampling beyond those without, and those of the adapters
 
@@ -110,7 +111,7 @@ def worker(named: str, folder: Path, out: Path, quick: bool, wanted: list[tuple[
         read = importlib.import_module(f"{pack}lora.read").read
         for _ in range(count):  # as of so many files
             start = time.perf_counter()
-            adapter = read(file)
+            adapter = read(file, partial(lora.expect_rank, patcher))  # as the node does
             spent["read_s"] = spent.get("read_s", 0) + time.perf_counter() - start
             patcher = lora.apply(adapter, patcher, None, 1.0, 0, "merge" if way == "core" else way).model
         if way == "core":  # the same patches as a function that does not know that they are plain
@@ -130,7 +131,7 @@ def worker(named: str, folder: Path, out: Path, quick: bool, wanted: list[tuple[
         before_first, before_step, _ = sample(model)
         _, before_small, _ = sample(model, 32)
         torch.cuda.reset_peak_memory_stats()
-        before_memory = torch.cuda.memory_allocated()
+        before_memory, kernels = torch.cuda.memory_allocated(), kept_kernels()
         start = time.perf_counter()
         spent: dict[str, float] = {}
         patcher = with_adapters(rank, count, way, spent)
@@ -138,7 +139,6 @@ def worker(named: str, folder: Path, out: Path, quick: bool, wanted: list[tuple[
         comfy.model_management.load_models_gpu([patcher])
         torch.cuda.synchronize()
         loaded_s = time.perf_counter() - start
-        kernels = kept_kernels()
         first, step, image = sample(patcher)
         _, step2, image2 = sample(patcher)
         case = {

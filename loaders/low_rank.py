@@ -31,6 +31,7 @@ from .gguf.types import GGMLType
 from .quant import dispatch
 from .quant.layout import is_gguf
 from .sizes import aligned
+from .uploads import upload_into, uploaded
 
 WAYS = ("auto", "runtime", "merge")  # by [Note: Which way]; always beside; always folded
 
@@ -120,9 +121,8 @@ class Factors:
             column = 0
             for adapter in group:
                 ranks = slice(column, column + adapter.rank)
-                self.a[part.ranks][ranks].copy_(adapter.down)
-                up = adapter.up.to(self.a.device)
-                part.b[:, ranks].copy_(up if adapter.scale == 1 else up.float() * adapter.scale)
+                upload_into(self.a[part.ranks][ranks], adapter.down)
+                _scale_into(part.b[:, ranks], adapter.up, adapter.scale)
                 column = ranks.stop
 
     def _prepare(self) -> None:
@@ -229,9 +229,25 @@ class FoldedWeight:
         return factors.folded_into(data, params.ggml_type, params.orig_shape, self._dtype)
 
 
+def _scale_into(there: torch.Tensor, up: torch.Tensor, scale: float) -> None:
+    """Fill `there` with `scale` up, multiplied in float32 and rounded once."""
+    if scale == 1:
+        upload_into(there, up)
+    elif there.dtype == up.dtype and not up.requires_grad:
+        torch.mul(uploaded(up, there.device), scale, out=there)  # which multiplies 16 bits in float32
+    else:
+        there.copy_(uploaded(up, there.device).float() * scale)
+
+
 def nbytes(adapters: Sequence[Adapter], dtype: torch.dtype) -> int:
     """What `Factors` of them take."""
     return sum(a.up.numel() + a.down.numel() for a in adapters) * dtype.itemsize
+
+
+def parts(adapters: Sequence[Adapter]) -> tuple[tuple[int, int, int], ...]:
+    """Of the products that their `Factors` have: (start, stop) of the rows, and rank. None where these overlap."""
+    found = sorted((*group[0].rows, sum(adapter.rank for adapter in group)) for group in _by_rows(adapters))
+    return tuple(found) if all(one[1] <= other[0] for one, other in pairwise(found)) else ()
 
 
 def packed_bytes(adapters: Sequence[Adapter], dtype: torch.dtype) -> int:

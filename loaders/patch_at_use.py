@@ -11,7 +11,7 @@ import copy
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 import comfy.lora
 import torch
@@ -26,6 +26,8 @@ from comfy.weight_adapter import (
 )
 
 from . import low_rank
+from .quant.early import Wanted
+from .uploads import uploaded
 
 _DORA_SCALE = {LoRAAdapter: 4, LoHaAdapter: 7, LoKrAdapter: 8, GLoRAAdapter: 5}  # where in `weights` it is
 
@@ -54,7 +56,7 @@ class PatchAtUse:
         self.originals = originals
         self.stays_home = False  # `move_to` makes no copies: they come and go otherwise
         self._moved: dict[torch.device, Any] = {}
-        self._by_network: WeakKeyDictionary[torch.nn.Module, ref[PatchAtUse]] = WeakKeyDictionary()  # shared by `of`
+        self._by_network: list[tuple[ref[torch.nn.Module], ref[PatchAtUse]]] = []  # shared by all that `of` answers
 
     def __call__(self, weight: torch.Tensor) -> torch.Tensor:
         return self._by_host(self._moved.get(weight.device, self.patches), weight)
@@ -89,17 +91,25 @@ class PatchAtUse:
             self._moved[device] = self._copy(device)
         return self.nbytes
 
+    def wanted(self, weight: Any, device: torch.device) -> Wanted | None:
+        """What to compile the kernel for that folds the patches into `weight` on `device`; None where none does."""
+        return None
+
     def of(self, network: torch.nn.Module) -> PatchAtUse:
         """The function with these patches that moves with `network`: this one where it is the first to be asked for,
         and the same for all clones of that network, as long as one of them has it."""
-        known = self._by_network.get(network)
-        function = known() if known is not None else None
-        if function is None:
-            function = self
-            if any(known() is self for known in self._by_network.values()):
-                function = copy.copy(self)
-                function.stays_home, function._moved = False, {}
-            self._by_network[network] = ref(function)
+        of_others = []
+        for known, its in self._by_network:
+            if known() is not network:
+                of_others.append((known, its))
+            elif (function := its()) is not None:
+                return function
+        of_others = [(known, its) for known, its in of_others if known() is not None]
+        function = self
+        if any(its() is self for _, its in of_others):
+            function = copy.copy(self)
+            function.stays_home, function._moved = False, {}
+        self._by_network[:] = [*of_others, (ref(network), ref(function))]
         return function
 
     def _copy(self, device: torch.device) -> Any:
@@ -153,6 +163,14 @@ class LowRankAtUse(PatchAtUse):
     @property
     def nbytes(self) -> int:
         return low_rank.nbytes(self.adapters, self.dtype)
+
+    @property
+    def rank(self) -> int:
+        return sum(adapter.rank for adapter in self.adapters)
+
+    def wanted(self, weight: Any, device: torch.device) -> Wanted | None:
+        parts = low_rank.parts(self.adapters) if self.way != "runtime" else ()
+        return Wanted(device, weight._params.ggml_type, self.dtype, self.shape, parts) if parts else None
 
     # --- to stream them with the block that uses them
 
@@ -256,7 +274,7 @@ def _to(value: Any, device: torch.device) -> Any:
     if _is_model(value):
         return value
     if isinstance(value, torch.Tensor):
-        return value.to(device)
+        return uploaded(value, device)
     if isinstance(value, tuple):
         return tuple(_to(item, device) for item in value)
     if isinstance(value, WeightAdapterBase):

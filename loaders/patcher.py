@@ -12,6 +12,7 @@ here from the wrappers.
 
 from __future__ import annotations
 
+import uuid
 import weakref
 from collections.abc import Iterable
 from functools import cache, partial
@@ -27,10 +28,13 @@ from . import compat
 from .cold_weights import read_weights_ahead
 from .exchange import Loaded, exchange
 from .gguf.reader import GGUFFile
+from .gguf.types import GGMLType
 from .ops import MappedLayer
-from .patch_at_use import PatchAtUse, joined, of_network, patch_at_use
+from .patch_at_use import LowRankAtUse, PatchAtUse, joined, of_network, patch_at_use
+from .quant.early import Wanted, compile_soon
 from .quant.layout import dense, is_gguf
 from .saving import LazyWeight
+from .uploads import uploading
 
 CPU = torch.device("cpu")
 _CHECK = "_sluice_check"  # on a network: the function that looks at its files
@@ -94,7 +98,7 @@ class PatchingAtUse(ModelPatcher):
 
     def _add(self, patches: dict, strength_patch: float, strength_model: float, way: str) -> list:
         weights = dict(self.model.named_parameters())
-        accepted, others = [], {}
+        accepted, others, patched = [], {}, {}
         for key, adapter in patches.items():
             name, offset, function = (key, None, None) if isinstance(key, str) else (*key, None)[:3]
             patch = (strength_patch, adapter, strength_model, offset, function)
@@ -104,8 +108,26 @@ class PatchingAtUse(ModelPatcher):
             else:
                 added = patch_at_use(name, [patch], tuple(weight.shape), weight.dtype, way)
                 self.weight_wrapper_patches[name] = joined(self.weight_wrapper_patches.get(name, []), added)
+                patched[name] = weight
                 accepted.append(key)
+        last = ((f, weight) for name, weight in patched.items() for f in self._wrapped(name)[-1:])
+        compile_soon({wanted for f, weight in last if (wanted := f.wanted(weight, self.load_device))})
+        if not others:
+            self.patches_uuid = uuid.uuid4()  # all that the host would do, but for wrapping every weight anew
+            return accepted
         return [*super().add_patches(others, strength_patch, strength_model), *accepted]
+
+    def expect_rank(self, rank: int) -> None:
+        """A LoRA is about to be added that has `rank` on most weights: it is being read."""
+        matrices = [(n, w) for n, w in self.model.named_parameters() if is_gguf(w) and len(w._params.orig_shape) == 2]
+        by_type: dict[GGMLType, list[Wanted]] = {}
+        for name, weight in matrices:
+            params, there = weight._params, sum(f.rank for f in self._wrapped(name) if isinstance(f, LowRankAtUse))
+            (rows, columns), added = params.orig_shape, ((0, params.orig_shape[0], there + rank),)
+            wanted = Wanted(self.load_device, params.ggml_type, params.orig_dtype, (rows, columns), added)
+            by_type.setdefault(params.ggml_type, []).append(wanted)
+        often = (found for found in by_type.values() if len(found) >= len(matrices) / 10)
+        compile_soon(max(found, key=lambda wanted: wanted.parts[0][2]) for found in often)
 
     def _reshapes(self, patch: tuple, weight: torch.Tensor, name: str) -> bool:
         """Whether the patch changes the weight's shape; then what was added before it goes the host's way, too."""
@@ -143,14 +165,18 @@ class PatchingAtUse(ModelPatcher):
     # --- loading
 
     def model_patches_to(self, device: Any) -> None:
-        """What the host calls first when it loads a model, which may be a clone for another GPU."""
-        restore(self.model)
+        """What the host calls first when it loads a model, which may be a clone for another GPU: with the device, then
+        with the dtype, which a text encoder has not. With a device alone it lets go of a model, without weights."""
+        if not isinstance(device, torch.device):
+            restore(self.model)
         self.weight_wrapper_patches: dict[str, list] = of_network(self.weight_wrapper_patches, self.model)
         super().model_patches_to(device)
 
     def load(self, device_to: torch.device | None = None, *args: Any, **kwargs: Any) -> None:
-        self._before_loading(self.load_device if device_to is None else device_to)
-        super().load(device_to, *args, **kwargs)
+        device = self.load_device if device_to is None else device_to
+        self._before_loading(device)
+        with uploading(device, compat.may_pin_memory()):
+            super().load(device_to, *args, **kwargs)
         self.model.__dict__["_sluice_loaded"] = Loaded.by(self)
 
     def _before_loading(self, device: torch.device) -> None:
@@ -178,7 +204,9 @@ class PatchingAtUse(ModelPatcher):
         loaded, current = self.model.__dict__.get("_sluice_loaded"), self.model.current_weight_patches_uuid
         if loaded is not None and current not in (None, self.patches_uuid):
             self.unpatch_hooks()
-            if exchange(self, loaded, device_to):
+            with uploading(device_to, compat.may_pin_memory()):
+                exchanged = exchange(self, loaded, device_to)
+            if exchanged:
                 self.model.__dict__["_sluice_loaded"] = Loaded.by(self)
                 self.model.current_weight_patches_uuid = self.patches_uuid
         return super().partially_load(device_to, *args, **kwargs)
@@ -201,6 +229,10 @@ class PatchingAtUse(ModelPatcher):
         if function is not None:
             layer = comfy.utils.get_attr(self.model, name.rpartition(".")[0])
             layer.weight_function = [f for f in layer.weight_function if f is not function]
+
+    def patch_hooks(self, hooks: Any) -> None:
+        with uploading(self.load_device, compat.may_pin_memory()):
+            super().patch_hooks(hooks)
 
     def patch_hook_weight_to_device(
         self, hooks: Any, combined_patches: dict, key: str, original_weights: dict, memory_counter: Any

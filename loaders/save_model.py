@@ -112,18 +112,20 @@ def save_model(
         if choice.shape != named[name].shape != ():  # torch takes one number for none of dimensions by itself
             keys[f"comfy.gguf.orig_shape.{name}"] = list(named[name].shape)
     tensors = [NewTensor(name, choice.shape, choice.ggml_type) for name, choice in chosen.items()]
-    total, done = sum(prod(w.shape) for w in named.values()), 0
-    with GGUFWriter(path, keys, tensors) as writer:
+    total, done, furthest = sum(prod(w.shape) for w in named.values()), 0, 0
+
+    def told(elements: int = 0) -> None:
+        """Of the weight at hand; a bar does not go back while it is written."""
+        nonlocal furthest
+        furthest = max(furthest, done + elements)
+        if progress is not None:
+            progress(furthest, total)
+
+    with GGUFWriter(path, keys, tensors, meanwhile=told) as writer:
         for name, choice in chosen.items():
-            weight, before = named[name], done
-
-            def told(elements: int, before: int = before) -> None:
-                if progress is not None:
-                    progress(before + elements, total)
-
-            told(0)
-            writer.write(_encoded(path, weight, choice, device, told).numpy())
-            done += prod(weight.shape)
+            told()
+            writer.write(_encoded(path, named[name], choice, device, told).numpy())
+            done += prod(named[name].shape)
     saved = Saved(path, writer.nbytes, time.monotonic() - start, summary(chosen), chosen)
     log.info("saved %s: %.1f MB in %.1f s (%s)", path.name, saved.nbytes / 1e6, saved.seconds, saved.types)
     return saved

@@ -35,6 +35,8 @@ class PatchesByWay(Protocol):
 
     def add_patches_by(self, way: str, patches: dict, strength: float) -> list: ...
 
+    def expect_rank(self, rank: int) -> None: ...
+
 
 @dataclass(frozen=True)
 class AppliedLora:
@@ -111,6 +113,12 @@ def apply(
     if applied.warning:
         log.warning("%s: %s", adapter.path.name, applied.warning)
     return applied
+
+
+def expect_rank(model: Any, rank: int) -> None:
+    """An adapter of `rank` for `model` is being read; its kernels may be compiled meanwhile."""
+    if isinstance(model, PatchesByWay):
+        model.expect_rank(rank)
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,13 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ..loaders.read_ahead import Watch
     from .read import AdapterFile
 
 Identity = tuple[str, int, int, int]
@@ -44,12 +46,18 @@ class AdapterCache:
         self._lock = threading.Lock()
         self._hits = self._misses = 0
 
-    def get(self, path: str | os.PathLike[str]) -> AdapterFile:
-        """The adapter at `path`, read if it is not here.
+    def get(
+        self,
+        path: str | os.PathLike[str],
+        rank_known: Callable[[int], None] | None = None,
+        watch: Watch | None = None,
+    ) -> AdapterFile:
+        """The adapter at `path`, read if it is not here; then `rank_known` and `watch` are told as `read` tells them.
 
         Raises:
             LoraError: as `read` does.
         """
+        from ..loaders.read_ahead import unwatched
         from .read import read  # late: the node that owns a cache is imported when ComfyUI starts
 
         identity = _identity(path)
@@ -59,7 +67,8 @@ class AdapterCache:
                 self._files.move_to_end(identity)
                 return self._files[identity]
             self._misses += 1
-        file = read(path)  # outside the lock: the server, which asks for the state, must not wait for a disk
+        # Outside the lock: the server, which asks for the state, must not wait for a disk.
+        file = read(path, rank_known, watch or unwatched)
         with self._lock:
             for known in [known for known in self._files if known[0] == identity[0]]:
                 del self._files[known]  # the file before it was replaced

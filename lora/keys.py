@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -36,6 +37,7 @@ ENDINGS = (
     *(f".{part}.weight" for part in ("a1", "a2", "b1", "b2")),
     *(".oft_blocks", ".rescale", ".diff", ".diff_b", ".set_weight", ".w_norm", ".b_norm"),
 )
+DOWN = (".down.weight", "_down.weight", ".lora_A", ".lora_A.weight", ".lora_A.default.weight")  # [rank, columns]
 OF_THE_BIAS = (".diff_b", ".b_norm")
 _JOINTS = re.compile("[._]")
 _ENDINGS = frozenset(ENDINGS)
@@ -71,6 +73,7 @@ def canonical(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return renamed
 
 
+@lru_cache(maxsize=1 << 14)  # LoRAs for one model have the same names
 def split(name: str) -> tuple[str, str]:
     """The name of a weight and what of its adapter the tensor is; that is empty where it is not known."""
     starts = (joint.start() for joint in _JOINTS.finditer(name))

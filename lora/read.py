@@ -15,7 +15,8 @@ whatever their name is.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +32,7 @@ from ..loaders.gguf.reader import GGUFFile
 from ..loaders.gguf.types import NO_REFERENCE, PLAIN
 from ..loaders.quant.dispatch import dequantize
 from ..loaders.quant.reference import PLAIN_DTYPES
+from ..loaders.read_ahead import Watch, read_ahead, unwatched
 from ..loaders.safetensors_header import Entry
 from ..loaders.sizes import aligned
 from . import keys
@@ -66,8 +68,14 @@ class AdapterFile:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def read(path: str | os.PathLike[str]) -> AdapterFile:
+def read(
+    path: str | os.PathLike[str], rank_known: Callable[[int], None] | None = None, watch: Watch = unwatched
+) -> AdapterFile:
     """Read the safetensors or GGUF adapter at `path`; which one it is, its first bytes say.
+
+    Args:
+        rank_known: told, before a safetensors file's tensors are read, the rank that most of its low-rank pairs have.
+        watch: told of what has to come from the disk; what it raises ends the reading.
 
     Raises:
         LoraError: no such file, no adapter, a pickled one, or a damaged one.
@@ -76,12 +84,15 @@ def read(path: str | os.PathLike[str]) -> AdapterFile:
     try:
         with path.open("rb", buffering=0) as file:
             head = file.read(64)
+            is_safetensors = head[8:9] == b"{"  # before that is a length, whose bytes may be those of a pickle
+            if head.startswith(b"GGUF") or is_safetensors:
+                read_ahead(file.fileno(), [(0, os.fstat(file.fileno()).st_size)], watch, path.name)
             if head.startswith(b"GGUF"):
                 tensors, metadata = _from_gguf(path)
-            elif head.startswith(PICKLES) or path.suffix.lower() in PICKLE_SUFFIXES:
+            elif path.suffix.lower() in PICKLE_SUFFIXES or (head.startswith(PICKLES) and not is_safetensors):
                 raise LoraError(path, *PICKLED)
-            elif head[8:9] == b"{":
-                tensors, metadata = _from_safetensors(path, file)
+            elif is_safetensors:
+                tensors, metadata = _from_safetensors(path, file, rank_known, watch)
             else:
                 told = not_gguf(path, head)
                 problem = told.problem.replace("not a GGUF file", "neither a safetensors nor a GGUF file")
@@ -93,16 +104,31 @@ def read(path: str | os.PathLike[str]) -> AdapterFile:
     return AdapterFile(path, tensors, metadata)
 
 
-def _from_safetensors(path: Path, file: BinaryIO) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _from_safetensors(
+    path: Path, file: BinaryIO, rank_known: Callable[[int], None] | None, watch: Watch
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     file.seek(0)
     try:
         entries, metadata = safetensors_header.parse(file, path.stat().st_size)
+        if rank_known is not None and (rank := _rank(entries)):
+            rank_known(rank)
         tensors = _laid_out(entries)
-        with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
-            list(pool.map(partial(_fill, tensors, path, file), _batches(entries)))
+        total = sum(entry.nbytes for entry in entries)
+        with (
+            ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool,
+            watch(f"loading {path.name}", total) as told,
+        ):
+            for nbytes in pool.map(partial(_fill, tensors, path, file), _batches(entries)):
+                told(nbytes)
     except safetensors_header.MalformedError as error:
         raise LoraError(path, f"not a sound safetensors file: {error}", INCOMPLETE) from error
     return keys.canonical(tensors), metadata
+
+
+def _rank(entries: Sequence[Entry]) -> int:
+    """That of most low-rank pairs; 0 where there are none."""
+    ranks = Counter(entry.shape[0] for entry in entries if entry.shape and entry.name.endswith(keys.DOWN))
+    return ranks.most_common(1)[0][0] if ranks else 0
 
 
 def _laid_out(entries: Sequence[Entry]) -> dict[str, torch.Tensor]:
@@ -131,7 +157,8 @@ def _batches(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
     yield batch
 
 
-def _fill(tensors: dict[str, torch.Tensor], path: Path, opened: BinaryIO, batch: list[Entry]) -> None:
+def _fill(tensors: dict[str, torch.Tensor], path: Path, opened: BinaryIO, batch: list[Entry]) -> int:
+    """The bytes of the batch, which is in `tensors` now."""
     with path.open("rb", buffering=0) as file:  # a place to read at of its own
         if not os.path.sameopenfile(file.fileno(), opened.fileno()):
             raise safetensors_header.MalformedError("it was replaced while it was read")
@@ -145,6 +172,7 @@ def _fill(tensors: dict[str, torch.Tensor], path: Path, opened: BinaryIO, batch:
                 part = out[first : first + STAGED]
                 safetensors_header.read_into(file, entry, staging[: part.numel()], first)
                 part.copy_(staging[: part.numel()])
+    return sum(entry.nbytes for entry in batch)
 
 
 def _from_gguf(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

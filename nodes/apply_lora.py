@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from comfy_api.latest import io, ui
@@ -84,11 +85,14 @@ class ApplyLora(io.ComfyNode):
         strength_clip: float = 1.0,
         mode: str = "auto",
     ) -> io.NodeOutput:
-        from ..lora.apply import apply
+        from ..loaders.progress import watched
+        from ..lora.apply import apply, expect_rank
 
         if strength_model == 0 and (clip is None or strength_clip == 0):
             return io.NodeOutput(model, clip)
-        adapter = CACHE.get(model_files.find(FOLDERS, lora_name))
+        folded = strength_model != 0 and mode != "runtime"
+        rank_known = partial(expect_rank, model) if folded else None
+        adapter = CACHE.get(model_files.find(FOLDERS, lora_name), rank_known, watched)
         applied = apply(adapter, model, clip, strength_model, strength_clip, mode)
         told = ui.PreviewText(applied.warning) if applied.warning else None
         return io.NodeOutput(applied.model, applied.clip, ui=told)

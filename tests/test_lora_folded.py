@@ -5,6 +5,9 @@ Without a GPU it runs in Triton's interpreter, which truncates where it should r
 
 from __future__ import annotations
 
+from functools import partial
+from threading import Thread
+
 import numpy as np
 import pytest
 import torch
@@ -133,6 +136,55 @@ def test_bound_gives_the_same_bits() -> None:
         assert torch.equal(call(), expected)
         products[0][1].zero_()  # it uses the tensors and no copies of them
         assert not torch.equal(call(), expected)
+
+
+@pytest.mark.parametrize("parts", [((0, 96, 24),), ((0, 32, 16), (32, 64, 16)), ((16, 48, 5), (64, 96, 64))], ids=str)
+@pytest.mark.parametrize("ggml_type", [GGMLType.Q8_0, GGMLType.Q6_K, GGMLType.IQ4_XS], ids=lambda t: t.name)
+def test_compiled_ahead_is_what_will_be_started(ggml_type: GGMLType, parts: tuple) -> None:
+    """For bytes and factors as an allocator places them."""
+    rows, columns, dtype = 96, 512, torch.float16
+    data, out = weight(ggml_type, rows, columns).to(DEVICE), torch.empty(rows, columns, dtype=dtype, device=DEVICE)
+    zeros = partial(torch.zeros, dtype=dtype, device=DEVICE)
+    products = [(slice(first, end), zeros(rank, columns), zeros(end - first, rank)) for first, end, rank in parts]
+    tensors = [data, out, *(factor for _, a, b in products for factor in (a, b))]
+    assert not any(tensor.data_ptr() % 16 for tensor in tensors), "torch's allocator places them at multiples of 64"
+    ranks = [(slice(start, stop), rank) for start, stop, rank in parts]
+    stand_in, factors = folded.stand_ins(ggml_type, (rows, columns), dtype, ranks)
+    ahead = folded._parts(stand_in, ggml_type, factors, out.to("meta"), data.device)
+    started = folded._parts(data, ggml_type, products, out)
+    assert len(started) >= len(parts)
+    assert [call.variant for call in ahead] == [call.variant for call in started]
+    assert [[t.dtype for t in call.args[:4]] for call in ahead] == [[t.dtype for t in c.args[:4]] for c in started]
+    assert [call.options for call in ahead] == [call.options for call in started]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("ggml_type", [GGMLType.Q8_0, GGMLType.IQ4_XS], ids=lambda t: t.name)
+def test_a_step_finds_what_was_compiled_ahead(ggml_type: GGMLType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when it asks meanwhile: it waits, and nothing is compiled twice."""
+    monkeypatch.setattr(folded.kept, "_kept", {})
+    rows, columns, parts = 96, 512, [(slice(0, 32), 3), (slice(32, 64), 40)]
+    shape = rows, columns
+    data, generator = weight(ggml_type, *shape).to(DEVICE), torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).half().to(DEVICE)
+
+    products = [(own, random(rank, columns), random(32, rank)) for own, rank in parts]
+    one = Thread(target=folded.compile_ahead, args=(ggml_type, shape, torch.float16, parts, data.device))
+    one.start()
+    got = folded.dequantize_rows(data, ggml_type, shape, products)
+    one.join()
+    assert folded.kept.count() == 3, "two ranks, and rows that have none"
+    plain = reference.dequantize(data.cpu(), ggml_type, shape, torch.float32).double()
+    for own, a, b in products:
+        plain[own] += b.cpu().double() @ a.cpu().double()
+    assert torch.allclose(got.cpu().double(), plain, rtol=2**-9, atol=2**-6)
+    folded.compile_ahead(ggml_type, shape, torch.bfloat16, parts, data.device)
+    assert folded.kept.count() == 6
+    other = [(own, a.bfloat16(), b.bfloat16()) for own, a, b in products]
+    folded.dequantize_rows(data, ggml_type, shape, other)
+    assert folded.kept.count() == 6, "the step asked for another kernel"
 
 
 def test_ranks_that_are_too_large_for_a_gpu_are_given_up_and_no_others(

@@ -8,6 +8,7 @@ import struct
 import threading
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import builders as b
 import numpy as np
@@ -245,15 +246,50 @@ def test_cache_tells_its_state_while_a_file_is_read(tmp_path: Path, monkeypatch:
     cache, before = AdapterCache(bound_bytes=600), reading.read
     states: list[CacheState] = []
 
-    def slow(path: Path) -> reading.AdapterFile:
+    def slow(*given: Any) -> reading.AdapterFile:
         asked = threading.Thread(target=lambda: states.append(cache.state()))
         asked.start()
         asked.join(10)
-        return before(path)
+        return before(*given)
 
     monkeypatch.setattr(reading, "read", slow)
     cache.get(tmp_path / "a.safetensors")
     assert [state.misses for state in states] == [1] and cache.state().files == 1
+
+
+@pytest.mark.parametrize("length", [0x280, 0x380, 0x10480, 0x30580])
+def test_header_whose_length_begins_like_a_pickle(tmp_path: Path, length: int) -> None:
+    header = json.dumps({"a.alpha": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(raw_safetensors(header.ljust(length), struct.pack("<f", 3.0)))
+    assert path.read_bytes().startswith(reading.PICKLES)
+    assert read(path).tensors["a.alpha"].tolist() == [3.0]
+
+
+@pytest.mark.parametrize("endings", [("lora_up.weight", "lora_down.weight"), ("lora_B.weight", "lora_A.weight")])
+def test_rank_is_told_before_the_tensors_are_read(
+    tmp_path: Path, endings: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.safetensors"
+    told: list[object] = []
+    pairs = {f"{STEM}.{i}.{ending}": rank for i, rank in enumerate((8, 4, 4)) for ending in endings}
+    tensors = {n: torch.zeros((64, r) if n.endswith(endings[0]) else (r, 64)) for n, r in pairs.items()}
+    save_file(tensors, path)
+    fill = reading._fill
+
+    def filling(*given: Any) -> None:
+        told.append("read")
+        fill(*given)
+
+    monkeypatch.setattr(reading, "_fill", filling)
+    cache = AdapterCache(bound_bytes=1 << 20)
+    for _ in range(2):
+        cache.get(path, told.append)
+    assert told == [4, "read"], "what is kept is not read, and nothing is told of it"
+    save_file({f"{STEM}.diff": torch.zeros(64, 64)}, path)
+    told.clear()
+    cache.get(path, told.append)
+    assert told == ["read"]
 
 
 def test_cache_reads_a_replaced_file_anew_and_keeps_no_giant(tmp_path: Path) -> None:

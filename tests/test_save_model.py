@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+import threading
 import weakref
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from pack.loaders import architecture_names
+from pack.loaders.gguf import writer
 from pack.loaders.gguf.errors import GGUFError
 from pack.loaders.gguf.reader import GGUFFile
 from pack.loaders.gguf.types import GGMLType
@@ -211,6 +214,42 @@ def test_an_end_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         save_model(tmp_path / "a.gguf", weights(matrices()), "Q4_0", "flux", progress=cancel)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_end_at_any_moment_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a weight is quantised, while one is written, and while the disk is waited for."""
+    slow, goes_on, sync = threading.Event(), threading.Event(), os.fsync
+
+    def slow_sync(descriptor: int) -> None:
+        slow.set()
+        goes_on.wait(60)
+        sync(descriptor)
+
+    monkeypatch.setattr(writer, "PIECE_BYTES", 1 << 10)
+    monkeypatch.setattr(writer, "PATIENCE", 0.01)
+    monkeypatch.setattr(os, "fsync", slow_sync)
+    left = 0
+
+    def cancel(done: int, total: int) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0 or slow.is_set():
+            raise KeyboardInterrupt
+
+    for told in range(1000):
+        left = told
+        with pytest.raises(KeyboardInterrupt):
+            save_model(tmp_path / "a.gguf", weights(matrices()), "Q4_0", "flux", progress=cancel)
+        assert not list(tmp_path.iterdir())
+        if slow.is_set():
+            break
+    assert slow.is_set() and told > 20
+    goes_on.set()
+    slow.clear()
+    monkeypatch.setattr(os, "fsync", sync)
+    left = 1000
+    save_model(tmp_path / "a.gguf", weights(matrices()), "Q4_0", "flux", progress=cancel)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.gguf"]
 
 
 def test_its_own_source_is_not_overwritten(tmp_path: Path) -> None:

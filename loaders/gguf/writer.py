@@ -18,8 +18,9 @@ import errno
 import os
 import shutil
 import struct
+import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,6 +35,8 @@ from .values import ARRAY, BOOL, STRING
 
 VERSION = 3
 MAX_DIMS = 4  # ggml's; a tensor with more is stored as a matrix
+PIECE_BYTES = 16 << 20  # written at a time
+PATIENCE = 0.2  # seconds between two looks at whether to go on waiting for the disk
 _U32, _INT32, _F32 = 4, 5, 6
 _NUMBERS = {_U32: "I", _INT32: "i", _F32: "f", BOOL: "?"}
 
@@ -72,16 +75,24 @@ class GGUFWriter:
         path: what the file will be called; its folder exists.
         metadata: str, bool, int (as u32) and float values, and lists of one of them (ints as int32).
         tensors: what will come.
+        meanwhile: called several times a second while the disk is waited for; what it raises ends the work.
 
     Raises:
         GGUFError: the file cannot be written, or the disk has not the room; also what `write` and leaving the context
             raise. Leaving before every tensor is written is an error of the caller's.
     """
 
-    def __init__(self, path: str | Path, metadata: Mapping[str, Any], tensors: Sequence[NewTensor]) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        metadata: Mapping[str, Any],
+        tensors: Sequence[NewTensor],
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> None:
         self.path = Path(os.path.abspath(path))
         self.partial = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex[:8]}.partial")
         self._tensors = tuple(tensors)
+        self._meanwhile = meanwhile
         self._written = 0
         self._header = _header(self.path, dict(metadata), self._tensors)
         self.nbytes = len(self._header) + sum(_padded(t.nbytes) for t in self._tensors)
@@ -106,8 +117,11 @@ class GGUFWriter:
         if data.dtype != np.uint8 or data.nbytes != tensor.nbytes:
             raise ValueError(f"tensor {shown(tensor.name)} takes {tensor.nbytes} bytes, {data.nbytes} were given")
         assert self._file is not None, "write outside of the context"
+        whole = np.ascontiguousarray(data).reshape(-1).data
         try:
-            self._file.write(np.ascontiguousarray(data).data)
+            for at in range(0, len(whole), PIECE_BYTES):
+                self._file.write(whole[at : at + PIECE_BYTES])
+                self._meanwhile()
             self._file.write(bytes(_padded(tensor.nbytes) - tensor.nbytes))
         except OSError as error:
             raise self._failure(error) from error
@@ -128,9 +142,35 @@ class GGUFWriter:
             raise ValueError(f"{len(missing)} tensors were not written, beginning with {shown(missing[0])}")
         assert self._file is not None, "left without entering"
         self._file.flush()
-        os.fsync(self._file.fileno())
+        self._sync(self._file.fileno())
         self._file.close()
         os.replace(self.partial, self.path)
+
+    def _sync(self, descriptor: int) -> None:
+        """Until the disk has all of it, which may take minutes. The thread has a descriptor of its own: where the
+        caller does not want to wait any longer, nobody waits for it."""
+        own, failed = os.dup(descriptor), list[OSError]()
+
+        def sync() -> None:
+            try:
+                os.fsync(own)
+            except OSError as error:
+                failed.append(error)
+            finally:
+                os.close(own)
+
+        thread = threading.Thread(target=sync, name="sluice-sync", daemon=True)
+        thread.start()
+        try:
+            while thread.is_alive():
+                self._meanwhile()
+                thread.join(PATIENCE)
+        except BaseException:
+            if os.name == "nt":  # where an open file cannot be removed
+                thread.join()
+            raise
+        if failed:
+            raise failed[0]
 
     def _discard(self) -> None:
         """Nothing of ours stays, whether or not it became the target."""

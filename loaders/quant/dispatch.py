@@ -182,6 +182,25 @@ def adds_products(kind: str, ggml_type: GGMLType, shape: Sequence[int], dtype: t
     return rank <= most and folded.fits(ggml_type, shape, dtype)
 
 
+def compile_with_products(
+    ggml_type: GGMLType,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    parts: Sequence[tuple[slice, int]],
+    device: torch.device,
+) -> None:
+    """Have the kernel at hand that `dequantize_with_products` will ask for on a CUDA `device`, if there is one: what it
+    raises otherwise, this raises, and nothing is given up.
+
+    Args:
+        parts: rows and rank of each product.
+    """
+    if adds_products(device.type, ggml_type, shape, dtype, max(rank for _, rank in parts)):
+        from .kernels import folded
+
+        folded.compile_ahead(ggml_type, shape, dtype, parts, device)
+
+
 def _with_products(
     data: torch.Tensor, ggml_type: GGMLType, shape: Sequence[int], products: Sequence[Product], bind: bool
 ) -> Any:

@@ -6,6 +6,7 @@ Run as `model_checks.py` is, whose modes and host set-up these checks share.
 from __future__ import annotations
 
 import logging
+from threading import Barrier
 
 from host import model_checks as base  # switches the host to the mode that the command line names, so it comes first
 
@@ -19,6 +20,8 @@ from host.patch_checks import CPU, WEIGHT, close, functions, hooked_latent
 from pack.loaders.diffusion import load_diffusion_model
 from pack.loaders.low_rank import WAYS
 from pack.loaders.patch_at_use import LowRankAtUse
+from pack.loaders.quant import early
+from pack.loaders.quant.dispatch import kept_kernels
 from pack.lora.apply import ATTACHMENT, Applied, apply
 from pack.lora.read import AdapterFile, LoraError, read
 from pack.offload.adapters import Adapters, AdapterStream
@@ -92,6 +95,22 @@ def check_step_one_equals_step_two() -> None:
         with torch.inference_mode():
             steps = [network(inputs[0], torch.full((1,), 0.5, device=device), inputs[1], y=inputs[2]) for _ in range(3)]
         assert torch.equal(steps[0], steps[1]) and torch.equal(steps[1], steps[2]), way
+
+
+def check_a_step_finds_its_kernels_compiled() -> None:
+    """On a GPU, from when the LoRA was chosen; on a CPU there are none."""
+    patcher = load_diffusion_model(GGUF)
+    plain, before = latent(patcher, steps=1), kept_kernels()
+    ours = adapted(patcher, adapter=read(LORA, patcher.expect_rank))
+    comfy.model_management.load_models_gpu([ours])
+    everybody = Barrier(early.THREADS + 1)  # has done what was asked for before
+    for _ in range(early.THREADS):
+        early._threads().submit(everybody.wait, 60)
+    everybody.wait(60)
+    ahead = kept_kernels()
+    assert (ahead > before) == ON_GPU
+    assert not near(latent(ours, steps=1), plain)
+    assert kept_kernels() == ahead, "the step asked for another kernel"
 
 
 def check_on_off_on() -> None:

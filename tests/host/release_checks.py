@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,32 @@ def check_model_that_the_host_unloaded_lets_go_of_its_file() -> None:
     assert not maps_of(path)
     assert len([event for event in happened if "its file is closed" in event.why]) >= 2, happened
     assert torch.equal(latent(model), expected) and torch.equal(latent(swapped), expected)
+
+
+def check_disposed_model_that_is_dropped_opens_no_file() -> None:
+    """A clone goes when a workflow changes, and the model itself, whose file may be gone by then."""
+    nothing_loaded()
+    path = FOLDER / "dropped.gguf"
+    shutil.copy(GGUF, path)
+    model = load_diffusion_model(path)
+    expected = latent(model)
+    clone = model.clone()
+    release("diffusion_model", "dispose")
+    gc.collect()
+    del clone
+    gc.collect()
+    assert not maps_of(path)
+    assert torch.equal(latent(model), expected) and maps_of(path)
+    release("diffusion_model", "dispose")
+    path.unlink()
+    failed: list[Any] = []
+    sys.unraisablehook, hook = failed.append, sys.unraisablehook
+    try:
+        del model
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
+    assert not failed, failed
 
 
 def check_cancelled_between_two_models() -> None:

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from math import gcd
 
 import torch
@@ -198,9 +198,16 @@ class _Call:
 
 
 def _call(
-    data: torch.Tensor, ggml_type: GGMLType, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, cut: Cut
+    data: torch.Tensor,
+    ggml_type: GGMLType,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    out: torch.Tensor,
+    cut: Cut,
+    device: torch.device | None = None,
 ) -> _Call | None:
-    """None where there is nothing to do."""
+    """None where there is nothing to do. `device` is where it will run, if the tensors are on the meta device."""
+    device = device or data.device
     kernel = KERNELS[ggml_type]
     n, k = out.shape
     blocks = checked_blocks(data, ggml_type, out.shape)
@@ -212,14 +219,14 @@ def _call(
     ranks = max(16, triton.next_power_of_2(rank))
     multiple = gcd(rank, 16)
     addresses = tuple(gcd(t.data_ptr(), 16) == 16 for t in (a, b, out))
-    variant = (program, kernel, out.dtype, alignment(data.data_ptr()), addresses, ranks, multiple, cut, data.device)
+    variant = (program, kernel, out.dtype, alignment(data.data_ptr()), addresses, ranks, multiple, cut, device)
 
     def constants() -> tuple:
-        return (*decoder(kernel, ggml_type, data, kernel.per_block), cut.lanes, cut.rows, ranks, multiple)
+        return (*decoder(kernel, ggml_type, data, kernel.per_block, device), cut.lanes, cut.rows, ranks, multiple)
 
     row_groups = blocks // n * kernel.per_block // cut.lanes
     tiles = -(-n // cut.rows)
-    step = _step(tiles, max(1, cut.programs * _processors(data.device) // row_groups))
+    step = _step(tiles, max(1, cut.programs * _processors(device) // row_groups))
     options = {"maxnreg": cut.registers} if cut.registers and torch.version.cuda else {}
     return _Call(variant, step * row_groups, (data, a, b, out, n, row_groups, rank, step), constants, options)
 
@@ -235,8 +242,14 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _parts(data: torch.Tensor, ggml_type: GGMLType, products: Sequence[Product], out: torch.Tensor) -> list[_Call]:
-    """The launches that fill `out`, whose products (rows, a, b) do not overlap."""
+def _parts(
+    data: torch.Tensor,
+    ggml_type: GGMLType,
+    products: Sequence[Product],
+    out: torch.Tensor,
+    device: torch.device | None = None,
+) -> list[_Call]:
+    """The launches that fill `out`, whose products (rows, a, b) do not overlap; `device` as `_call` takes it."""
     by_row = data.contiguous().view(out.shape[0], -1)
     _, any_a, any_b = products[0]
     found, done = [], 0
@@ -244,9 +257,10 @@ def _parts(data: torch.Tensor, ggml_type: GGMLType, products: Sequence[Product],
     for rows, a, b in [*sorted(products, key=lambda product: product[0].start), end]:
         if done < rows.start:  # nothing is added to these
             none = any_b.new_empty(rows.start - done, 0)
-            found.append(_call(by_row[done : rows.start], ggml_type, any_a[:0], none, out[done : rows.start], CUT))
+            between = slice(done, rows.start)
+            found.append(_call(by_row[between], ggml_type, any_a[:0], none, out[between], CUT, device))
         if rows.start < rows.stop:
-            found.append(_call(by_row[rows], ggml_type, a, b, out[rows], CUT))
+            found.append(_call(by_row[rows], ggml_type, a, b, out[rows], CUT, device))
         done = rows.stop
     return [call for call in found if call is not None]
 
@@ -259,6 +273,33 @@ def dequantize_rows(
     for call in _parts(data, ggml_type, products, out):
         kept.start(call.variant, program, call.programs, call.args, call.constants, CUT.warps, **call.options)
     return out
+
+
+def stand_ins(
+    ggml_type: GGMLType, shape: Sequence[int], dtype: torch.dtype, parts: Sequence[tuple[slice, int]]
+) -> tuple[torch.Tensor, list[Product]]:
+    """Bytes of a weight and products of (rows, rank) without memory, which seem to lie as an allocator places them."""
+    layout, (n, k) = BLOCKS[ggml_type], shape
+    data = torch.empty(n * k // layout.elements * layout.nbytes, dtype=torch.uint8, device="meta")
+    empty = partial(torch.empty, dtype=dtype, device="meta")
+    return data, [(rows, empty(rank, k), empty(rows.stop - rows.start, rank)) for rows, rank in parts]
+
+
+def compile_ahead(
+    ggml_type: GGMLType,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    parts: Sequence[tuple[slice, int]],
+    device: torch.device,
+) -> None:
+    """Compile what `dequantize_rows` will start on a CUDA `device` for products of such (rows, rank).
+
+    Args:
+        shape: of a weight that `fits`.
+    """
+    data, products = stand_ins(ggml_type, shape, dtype, parts)
+    for call in _parts(data, ggml_type, products, torch.empty(shape, dtype=dtype, device="meta"), device):
+        kept.compile_ahead(call.variant, program, call.args, call.constants, CUT.warps, device, **call.options)
 
 
 def bind(

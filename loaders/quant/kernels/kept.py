@@ -15,6 +15,7 @@ a direct launch; CUDA's profilers do.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from typing import Any
@@ -26,6 +27,7 @@ DIRECT = torch.version.cuda is not None and triton.__version__.split(".")[:2] in
 
 _proven: set[Hashable] = set()  # variants whose bound call was seen to give the bits of the public way
 _kept: dict[Hashable, tuple[Any, tuple]] = {}  # variant -> compiled kernel, its arguments after those of the call
+_compiling: dict[Hashable, threading.Lock] = {}  # variant -> whoever comes second waits, and finds it kept
 
 
 def count() -> int:
@@ -54,12 +56,14 @@ def start(
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else nullcontext():
         if variant not in _kept:
-            rest = constants()
-            compiled, ran = _first_run(program, (programs, 1, 1), (*args, *rest), num_warps=warps, **options)
-            if compiled is not None:  # Triton's interpreter compiles nothing
-                _kept[variant] = compiled, rest
-            if ran:
-                return
+            with _compiling.setdefault(variant, threading.Lock()):
+                if variant not in _kept:
+                    rest = constants()
+                    compiled, ran = _first_run(program, (programs, 1, 1), (*args, *rest), num_warps=warps, **options)
+                    if compiled is not None:  # Triton's interpreter compiles nothing
+                        _kept[variant] = compiled, rest
+                    if ran:
+                        return
         compiled, rest = _kept[variant]
         if DIRECT and device.type == "cuda":
             stream = torch._C._cuda_getCurrentRawStream(device.index)
@@ -67,6 +71,28 @@ def start(
             compiled.run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *given)
         else:
             compiled[(programs, 1, 1)](*args, *rest)
+
+
+def compile_ahead(
+    variant: Hashable,
+    program: Any,
+    args: tuple,
+    constants: Callable[[], tuple],
+    warps: int,
+    device: torch.device,
+    **options: int,
+) -> None:
+    """Compile a variant and load it onto a CUDA `device`, for a `start` to come; one that comes meanwhile waits for it.
+
+    Args:
+        args: as of `start`; of tensors, which may lie on the meta device, only dtypes and addresses are looked at.
+    """
+    with torch.cuda.device(device), _compiling.setdefault(variant, threading.Lock()):
+        if variant not in _kept:
+            rest = constants()
+            compiled = program.warmup(*args, *rest, grid=(1, 1, 1), num_warps=warps, **options)
+            compiled.run  # noqa: B018  (which loads it)
+            _kept[variant] = compiled, rest
 
 
 def _first_run(program: Any, grid: tuple[int, int, int], args: tuple, **options: int) -> tuple[Any, bool]:

@@ -143,10 +143,12 @@ def grid(kernel: Kernel, lanes: int, blocks: int) -> int:
     return -(-blocks * kernel.per_block // lanes)
 
 
-def decoder(kernel: Kernel, ggml_type: GGMLType, data: torch.Tensor, per_block: int) -> tuple:
+def decoder(
+    kernel: Kernel, ggml_type: GGMLType, data: torch.Tensor, per_block: int, device: torch.device | None = None
+) -> tuple:
     """The arguments of both programs from `table` to `ALIGN`."""
     layout = BLOCKS[ggml_type]
-    values = table(ggml_type, data.device) if ggml_type in TABLES else None
+    values = table(ggml_type, device or data.device) if ggml_type in TABLES else None
     align = gcd(layout.nbytes, alignment(data.data_ptr()))
     return values, kernel.chunks, kernel.decode, layout.nbytes, layout.elements, per_block, align
 
