@@ -4,17 +4,18 @@
 
 A text encoder of T5-XXL's shapes and a diffusion model of FLUX.1's, both Q8_0 by the pack's loaders, and FLUX's VAE
 make a picture of 1024 x 1024: 256 tokens, 20 steps, decode. With `--free` GB of VRAM (an allocation outside torch holds
-the rest) no two of the first two fit together, and the diffusion model does not fit at all. Measured are, each mode
-and `alone` in processes of their own, `alone` first and last:
+the rest) no two of the first two fit together, and the diffusion model does not fit at all. Each mode has a process of
+its own, in which are measured
 
-    alone      all VRAM is free; before each stage everything is unloaded, so a stage is loading its model and its work
-    MODE       the next pictures of a queue, from the text to the pixels, after one that warms up
-    switch     from the beginning of a stage to its model being loaded, with what had to leave: its bytes on the device
-               over that time, beside the rate of one copy from pinned memory
+    alone      while all VRAM is free: before each stage everything is unloaded, so a stage is loading its model and its
+               work; and each stage again, loaded already
+    MODE       with the ballast: the next pictures of a queue, from the text to the pixels, after one that warms up
+    switch     from the host being asked for the next model to its weights being there, with what had to leave: its
+               bytes on the device over that time, beside the rate of one copy from pinned memory. The first time is
+               that of the picture that warms up, when no page of the file is locked yet
     dispose    the process's memory before the two models are loaded, in use, and after Release Memory has disposed of
-               all; in the first mode, once more. Before that a picture is made of the same models, loaded for it alone
-               and disposed of, because what Triton, CUDA's libraries and Python load at their first use stays: "fresh"
-               is the memory before that
+               all. Before that the pictures of `alone` are made of models of their own, which are disposed of, because
+               what Triton, CUDA's libraries and Python load at their first use stays: "fresh" is the memory before that
 
 The files are random with finite scales and are written to DIR when they are missing (18 GB). PYTHONPATH must hold
 ComfyUI and its packages; `dev.py bench` sees to that. `--small` has small networks and
@@ -62,6 +63,7 @@ def make_files(folder: Path, size: Size) -> tuple[Path, Path]:
     """The two GGUF files; written when they are missing. In the host."""
     import _model_files as files
 
+    folder.mkdir(parents=True, exist_ok=True)
     text, diffusion = folder / f"{size.text}_q8_0.gguf", folder / f"flux_{sum(size.blocks)}_q8_0.gguf"
     for path, architecture, shapes in (
         (text, "t5", lambda: getattr(files, size.text)()),
@@ -107,11 +109,14 @@ class Studio:
         comfy.model_management.load_models_gpu = self._loading
 
     def _loading(self, models: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self._began:
+            return self._load(models, *args, **kwargs)
         result = self._load(models, *args, **kwargs)
         synchronize()
         loaded = sum(int(model.loaded_size()) for model in models)
         took = time.perf_counter() - self._began
         self.switches.append({"to": self._stage, "seconds": took, "bytes": loaded})
+        self._began = 0.0
         return result
 
     def close(self) -> None:
@@ -121,11 +126,15 @@ class Studio:
         comfy.model_management.load_models_gpu = self._load
 
     def stage(self, name: str, given: Any) -> Any:
-        self._stage, self._began = name, time.perf_counter()
+        self._stage, start = name, time.perf_counter()
         result = self._work[name](given)
         synchronize()
-        self.seconds[name] = time.perf_counter() - self._began
+        self.seconds[name] = time.perf_counter() - start
         return result
+
+    def _switch(self) -> None:
+        """The next thing is to ask for the stage's model."""
+        self._began = time.perf_counter()
 
     def picture(self) -> Any:
         result = None
@@ -134,7 +143,9 @@ class Studio:
         return result
 
     def _text(self, _: Any) -> Any:
-        return self.clip.encode_from_tokens(self.clip.tokenize(WORDS))
+        tokens = self.clip.tokenize(WORDS)
+        self._switch()
+        return self.clip.encode_from_tokens(tokens)
 
     def _sample(self, text: Any) -> Any:
         import comfy.sample
@@ -144,12 +155,15 @@ class Studio:
         noise = torch.randn(1, 16, side, side, generator=torch.Generator().manual_seed(0))
         wide = torch.nn.functional.pad(text.float().cpu(), (0, 4096 - text.shape[-1])).clamp(-1, 1)
         condition = [[wide, {"pooled_output": torch.zeros(1, 768), "guidance": 3.5}]]
+        latent = torch.zeros_like(noise)
+        self._switch()
         return comfy.sample.sample(
-            self.model, noise, self.steps, 1.0, "euler", "simple", condition, condition, torch.zeros_like(noise),
-            disable_pbar=True, seed=1,
+            self.model, noise, self.steps, 1.0, "euler", "simple", condition, condition, latent, disable_pbar=True,
+            seed=1,
         )  # fmt: skip
 
     def _decode(self, latent: Any) -> Any:
+        self._switch()
         return self.vae.decode(latent)
 
 
@@ -220,44 +234,43 @@ def measured(case: str, args: argparse.Namespace) -> dict:
 
     size, link = SIZES[args.small], copies_gb_s()
     torch.cuda.empty_cache()
-    hold_back(0 if case == "alone" else args.free)
     vae = comfy.sd.VAE(sd=_model_files.flux_autoencoder())
     vae.decode(torch.zeros(1, 16, size.side, size.side))  # CUDA's libraries are loaded, too
     unload_all()
     fresh = memory_mb()
-    once = Studio(*arranged(case, args.work, size, vae), size, args.steps)
-    once.picture()
-    disposed(once, again=False)
-    once.close()
-    del once
+    result: dict[str, Any] = {"case": case, "link_gb_s": link, "alone": [], "pictures": []}
+    free = Studio(*load_both(args.work, size), vae, size, args.steps)
+    for number in range(1 + args.pictures):
+        found = alone(free)
+        result["alone"] += [found] if number else []
+    disposed(free)
+    free.close()
+    del free
     gc.collect()
+    hold_back(args.free)
     before = memory_mb()
     studio = Studio(*arranged(case, args.work, size, vae), size, args.steps)
     image = studio.picture()
+    result["first_switches"] = list(studio.switches)
     assert bool(image.isfinite().all()), "the picture has no numbers"
-    result: dict[str, Any] = {"case": case, "link_gb_s": link, "pictures": []}
     for _ in range(args.pictures):
         studio.switches.clear()
-        if case == "alone":
-            result["pictures"].append(alone(studio))
-            continue
         start = time.perf_counter()
         again = studio.picture()
         result["pictures"].append({**studio.seconds, "total": time.perf_counter() - start})
         assert torch.equal(again, image), "the same picture came out differently"
     result["switches"] = list(studio.switches)
-    result["memory_mb"] = {"fresh": fresh, "before": before, **disposed(studio, again=case == MODES[0])}
+    result["memory_mb"] = {"fresh": fresh, "before": before, **disposed(studio)}
     if torch.cuda.is_available():
         result["peak_reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
     return result
 
 
 def arranged(case: str, folder: Path, size: Size, vae: Any) -> tuple[Any, Any, Any]:
-    """CLIP, MODEL and VAE, behind an Offload Mode node if the case is one of its modes."""
+    """CLIP, MODEL and VAE behind an Offload Mode node."""
     clip, model = load_both(folder, size)
-    if case != "alone":
-        attached = importlib.import_module("nodes").NODE_CLASS_MAPPINGS["SluiceOffloadMode"]
-        model, clip, vae = attached.execute(mode=case, model=model, clip=clip, vae=vae).args
+    attached = importlib.import_module("nodes").NODE_CLASS_MAPPINGS["SluiceOffloadMode"]
+    model, clip, vae = attached.execute(mode=case, model=model, clip=clip, vae=vae).args
     return clip, model, vae
 
 
@@ -283,18 +296,13 @@ def alone(studio: Studio) -> dict[str, float]:
     return result
 
 
-def disposed(studio: Studio, again: bool) -> dict[str, dict[str, float]]:
-    """Memory while the last models are loaded, after disposing of everything, and after doing both again."""
+def disposed(studio: Studio) -> dict[str, dict[str, float]]:
+    """Memory while the last models are loaded, and after disposing of everything."""
     release = importlib.import_module("nodes").NODE_CLASS_MAPPINGS["SluiceReleaseMemory"]
-    found = {}
-    for which in ("", " again")[: 1 + again]:
-        if which:
-            studio.picture()
-        found[f"in use{which}"] = memory_mb()
-        release.execute(anything=None, what="all", how="dispose")
-        gc.collect()
-        found[f"disposed{which}"] = memory_mb()
-    return found
+    in_use = memory_mb()
+    release.execute(anything=None, what="all", how="dispose")
+    gc.collect()
+    return {"in use": in_use, "disposed": memory_mb()}
 
 
 def main() -> None:
@@ -304,7 +312,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--free", type=float, default=10, help="GB of VRAM to leave")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--pictures", type=int, default=2, help="how many are measured, after one to warm up")
+    parser.add_argument("--pictures", type=int, default=2, help="of a mode and alone, after one to warm up")
     parser.add_argument("--dynamic", action="store_true", help="with the host's dynamic VRAM")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--role", choices=("worker", "make"), help=argparse.SUPPRESS)
@@ -319,17 +327,13 @@ def main() -> None:
         return
     args.work.mkdir(parents=True, exist_ok=True)
     found: list[dict] = []
-    for case in ("make", "alone", *args.modes, "alone"):
+    for case in ("make", *args.modes):
         answer = args.work / "answer.json"
         answer.unlink(missing_ok=True)
         role = "make" if case == "make" else "worker"
-        options = ["--role", role, "--work", str(args.work), "--out", str(answer), "--free", str(args.free)]
-        options += [
-            "--steps",
-            str(args.steps),
-            *(f"--{dial}" for dial in ("small", "dynamic") if vars(args)[dial]),
-            case,
-        ]
+        options = ["--role", role, "--work", str(args.work), "--out", str(answer)]
+        options += [part for dial in ("free", "steps", "pictures") for part in (f"--{dial}", str(vars(args)[dial]))]
+        options += [*(f"--{dial}" for dial in ("small", "dynamic") if vars(args)[dial]), case]
         start = time.perf_counter()
         done = subprocess.run([*inside_the_host(), *options], capture_output=True, text=True)
         print(f"{case}: {time.perf_counter() - start:.0f} s in all", flush=True)
@@ -340,7 +344,6 @@ def main() -> None:
             print(told(found[-1]), flush=True)
         else:
             print(f"failed\n{done.stderr[-3000:]}", flush=True)
-    print(compared(found), flush=True)
     report = {"hardware": hardware(), "free_gb": args.free, "steps": args.steps, "command": " ".join(sys.argv)}
     args.out.write_text(json.dumps({**report, "results": found}, indent=1), encoding="utf-8")
 
@@ -354,37 +357,32 @@ def inside_the_host() -> list[str]:
 
 
 def told(found: dict) -> str:
-    pictures = [
-        "  " + "  ".join(f"{name} {seconds * 1e3:7.1f} ms" for name, seconds in picture.items())
-        for picture in found["pictures"]
+    """The figures of one mode, a line each."""
+    case, link, memory = found["case"], found["link_gb_s"], found["memory_mb"]
+    total = median(picture["total"] for picture in found["pictures"])
+    whole, loaded = (median(picture[name] for picture in found["alone"]) for name in ("total", "total_loaded"))
+    lines = [
+        f"{case}: {total:.3f} s a picture; its stages alone {whole:.3f} s: {total / whole:.3f} x "
+        f"(loaded already {loaded:.3f} s: {total / loaded:.3f} x)"
     ]
-    link = found["link_gb_s"]
-    switches = []
-    for one in found["switches"]:
-        rate = one["bytes"] / one["seconds"] / 1e9
-        if one["bytes"] > 1e8:
-            switches.append(
-                f"  to {one['to']:7} {one['bytes'] / 1e9:5.2f} GB in {one['seconds'] * 1e3:6.1f} ms: {rate:5.1f} GB/s, "
-                f"{link / rate:.2f} x the copy at {link:.1f} GB/s"
+    for when, switches in (("first", found["first_switches"]), ("later", found["switches"])):
+        for one in switches:
+            milliseconds, copy = one["seconds"] * 1e3, one["bytes"] / link / 1e6
+            lines.append(
+                f"  switch to {one['to']:6} {when}: {milliseconds:6.1f} ms, {one['bytes'] / 1e9:5.2f} GB take "
+                f"{copy:6.1f} ms at the link's {link:.1f} GB/s: {milliseconds / copy:.2f} x"
             )
-    memory = [
-        f"  {when}: " + ", ".join(f"{kind} {size:.0f} MB" for kind, size in at.items())
-        for when, at in found["memory_mb"].items()
-    ]
-    return "\n".join([*pictures, *switches, *memory, f"  peak {found.get('peak_reserved_gb', 0):.2f} GB reserved"])
-
-
-def compared(found: list[dict]) -> str:
-    alone = [picture for one in found if one["case"] == "alone" for picture in one["pictures"]]
-    if not alone:
-        return ""
-    whole, loaded = (median(picture[name] for picture in alone) for name in ("total", "total_loaded"))
-    lines = [f"alone: {whole:.3f} s with loading, {loaded:.3f} s loaded already"]
-    for one in found:
-        if one["case"] != "alone":
-            total = median(picture["total"] for picture in one["pictures"])
-            lines.append(f"{one['case']:16} {total:.3f} s = {total / whole:.3f} x alone, {total / loaded:.3f} x loaded")
-    return "\n".join(lines)
+    sums = {when: sum(at.values()) for when, at in memory.items()}
+    lines.append(
+        "  RAM: " + ", ".join(f"{when} {nbytes:.0f} MB" for when, nbytes in sums.items())
+        + f": {sums['disposed'] - sums['before']:+.0f} MB after dispose"
+    )  # fmt: skip
+    for name, rows in (("alone", found["alone"]), (case, found["pictures"])):
+        for row in rows:
+            lines.append(f"    {name}: " + "  ".join(f"{stage} {1e3 * seconds:.0f}" for stage, seconds in row.items()))
+    for when, at in memory.items():
+        lines.append(f"    {when}: " + ", ".join(f"{kind} {nbytes:.0f} MB" for kind, nbytes in at.items()))
+    return "\n".join([*lines, f"    peak {found.get('peak_reserved_gb', 0):.2f} GB reserved"])
 
 
 def hardware() -> str:

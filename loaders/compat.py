@@ -179,6 +179,13 @@ def cast_at_use(module: torch.nn.Module, forced: bool, elsewhere: bool) -> None:
         module.comfy_cast_weights = True  # type: ignore[assignment]
 
 
+def leave_unpatched(module: torch.nn.Module) -> None:
+    """Tell the host, which is about to load a module whole, that nothing is to be written into its weights. After each
+    module for which it does not know that it waits for the device, and so for all copies that are on their way."""
+    if not any(p is not None and p.is_meta for p in module._parameters.values()):  # the host makes these
+        module.comfy_patched_weights = True  # type: ignore[assignment]
+
+
 def move_functions(module: torch.nn.Module, device: torch.device) -> int:
     """Move what patches a module's weights to `device`; bytes that moved."""
     return comfy.model_patcher.move_weight_functions(module, device)

@@ -102,6 +102,10 @@ class LoadCLIP(io.ComfyNode):
         paths = [model_files.find(FOLDERS, name) for name in names]
         embeddings = folder_paths.get_folder_paths("embeddings")
         in_place, _ = wanted(DEVICES[device])
+        # Where the host's dynamic VRAM is on, the encoder is of that kind, as ComfyUI's own loader makes it: it
+        # computes also where it does not fit whole, and leaves without a copy for what ComfyUI loads next. A classic
+        # one would come back at the link's speed behind Offload Mode (`attach_arrival`), but one that does not fit
+        # would be left to the host's slowest way. Which of the two is faster in all was not measured.
         clip = load_text_encoder(paths, type, DEVICES[device], embeddings, disable_dynamic=in_place)
         in_place_if_wanted(arriving(clip.patcher))
         return io.NodeOutput(clip)

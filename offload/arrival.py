@@ -3,6 +3,9 @@
 Pages are locked a stretch at a time (`stretches`), so this needs no memory and leaves nothing behind but what is to
 stay locked for the next time (`kept`). Where that is refused the bytes go the slow way, through the driver's own
 buffer. What of the file is not cached is read before, so that whoever watches can see how far that is, and end it.
+
+What is locked already is only enqueued: `send` returns at once, and all that a loader has to do in Python, which for a
+text encoder takes half as long as its copies, is done while they run.
 """
 
 from __future__ import annotations
@@ -13,30 +16,79 @@ from collections.abc import Callable, Mapping, Sequence
 import psutil
 import torch
 
-from ..loaders.read_ahead import Told, Watch, read_ahead, unwatched
+from ..loaders.read_ahead import Watch, read_ahead, unwatched
 from .device import Device
 from .errors import SourceError
 from .files import OpenFiles, Weight
 from .kept import KeptPages
 from .slots import Located, Slot
-from .stretches import copied
+from .stretches import Crossing, copied, under_way
 
 log = logging.getLogger("sluice.offload")
 
 WORTH_LOCKING = 64 << 20  # bytes: below that, locking pages takes longer than it saves
 SHARE_OF_FREE_RAM = 0.5  # what is more than that is not read ahead, for its first part might be dropped by then
 
+DtypeOf = Callable[[Slot], "torch.dtype | None"]
+
+
+class OnTheWay:
+    """Weights as parameters on a device. What the thread that sent them enqueues comes after their copies, which may
+    still run; until `wait`, nothing of them may be let go of."""
+
+    def __init__(
+        self, parameters: list[torch.nn.Parameter], crossing: Crossing | None = None, watch: Watch = unwatched
+    ) -> None:
+        self.parameters = parameters
+        self._crossing, self._watch = crossing, watch
+
+    def wait(self) -> list[torch.nn.Parameter]:
+        """The parameters, complete.
+
+        Raises:
+            SourceError: a file was changed meanwhile: they are not what was loaded.
+        """
+        if self._crossing is not None:
+            nbytes = self._crossing.nbytes
+            try:
+                with self._watch("copying weights", nbytes) as told:
+                    self._crossing.finish()
+                    told(nbytes)
+            finally:
+                self.close()
+        return self.parameters
+
+    def close(self) -> None:
+        """Wait, whatever has arrived."""
+        if self._crossing is not None:
+            crossing, self._crossing = self._crossing, None
+            crossing.close()
+
 
 def bring(
     slots: Sequence[Slot],
     device: Device,
-    dtype_of: Callable[[Slot], torch.dtype | None],
+    dtype_of: DtypeOf,
     located: Located,
     may_pin: bool,
     watch: Watch = unwatched,
     kept: KeptPages | None = None,
 ) -> list[torch.nn.Parameter]:
     """The weights of `slots` as parameters on `device`, complete when this returns; where they are now is not changed.
+    With arguments and errors of `send`."""
+    return send(slots, device, dtype_of, located, may_pin, watch, kept).wait()
+
+
+def send(
+    slots: Sequence[Slot],
+    device: Device,
+    dtype_of: DtypeOf,
+    located: Located,
+    may_pin: bool,
+    watch: Watch = unwatched,
+    kept: KeptPages | None = None,
+) -> OnTheWay:
+    """The weights of `slots` on their way to `device`, or there already; where they are now is not changed.
 
     Args:
         dtype_of: what a plain weight becomes on the way; None leaves it as it is.
@@ -53,38 +105,52 @@ def bring(
         for k, (slot, weight) in enumerate(zip(slots, weights, strict=True))
         if weight.file is not None and weight.nbytes and dtype_of(slot) in (None, slot.home.dtype)
     }
-    _read_ahead([weight for weight in weights if weight.file is not None and not _is_locked(weight, kept)], watch)
+    unlocked = {k for k, one in enumerate(weights) if one.file is not None and not (kept and kept.holds(one))}
+    _read_ahead([weights[k] for k in sorted(unlocked)], watch)
+    refusal = _refusal(as_stored, device, may_pin)
+    arrived: dict[int, torch.nn.Parameter] = {}
+    if refusal is None and kept is not None and unlocked.isdisjoint(as_stored):
+        # First, for behind the others these copies would wait for all of them (measured on an H200).
+        arrived = {
+            k: slot.moved(device.torch_device, dtype_of(slot), at_once=True)
+            for k, slot in enumerate(slots)
+            if k not in as_stored
+        }
+        if (crossing := under_way(as_stored, device, kept)) is not None:
+            try:
+                places = crossing.arrived()
+                arrived.update((k, slots[k].over(place)) for k, place in places.items())
+            except BaseException:
+                crossing.close()
+                raise
+            return OnTheWay([arrived[k] for k in range(len(slots))], crossing, watch)
     with watch("copying weights", sum(weight.nbytes for weight in weights)) as told:
-        there = _through_locked_pages(as_stored, device, may_pin, told, kept)
-        arrived = []
+        there: dict[int, torch.Tensor] = {}
+        if refusal is None:
+            there, refusal = copied(as_stored, device, told, kept)
+        if refusal:
+            log.debug("weights go to the GPU through pageable memory: %s", refusal)
         for k, slot in enumerate(slots):
             if k in there:
-                arrived.append(slot.over(there[k]))
+                arrived[k] = slot.over(there[k])
             else:
-                arrived.append(slot.moved(device.torch_device, dtype_of(slot)))
+                if k not in arrived:
+                    arrived[k] = slot.moved(device.torch_device, dtype_of(slot))
                 told(weights[k].nbytes)
-    return arrived
+    return OnTheWay([arrived[k] for k in range(len(slots))])
 
 
-def _through_locked_pages(
-    weights: Mapping[int, Weight], device: Device, may_pin: bool, told: Told, kept: KeptPages | None
-) -> dict[int, torch.Tensor]:
-    """The bytes of those that could go this way."""
-    refusal = device.registrar.read_only_refusal() if may_pin else "pinned memory is switched off"
-    there: dict[int, torch.Tensor] = {}
-    if refusal is None and sum(weight.nbytes for weight in weights.values()) >= WORTH_LOCKING:
-        there, refusal = copied(weights, device, told, kept)
-    if refusal:
-        log.debug("weights go to the GPU through pageable memory: %s", refusal)
-    return there
-
-
-def _is_locked(weight: Weight, kept: KeptPages | None) -> bool:
-    return kept is not None and kept.holds(weight)
+def _refusal(weights: Mapping[int, Weight], device: Device, may_pin: bool) -> str | None:
+    """Why these do not come through locked pages, empty where they are too few; None: they do."""
+    if sum(weight.nbytes for weight in weights.values()) < WORTH_LOCKING:
+        return ""
+    return device.registrar.read_only_refusal() if may_pin else "pinned memory is switched off"
 
 
 def _read_ahead(in_files: Sequence[Weight], watch: Watch) -> None:
     """Which the mapping of a file would have the system read page by page."""
+    if not in_files:
+        return
     if sum(weight.nbytes for weight in in_files) > SHARE_OF_FREE_RAM * psutil.virtual_memory().available:
         return
     try:

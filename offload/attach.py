@@ -32,6 +32,7 @@ from .streamed_patcher import StreamedPatcher, residency_of, streamed_class
 from .unified import IN_PLACE
 
 KEY = "sluice_block_swap"  # of injection and callbacks
+HOME = torch.device("cpu")  # of what streams; under --highvram the host would move to VRAM what is out of use
 
 
 def apply_block_swap(model: ModelPatcher, request: SwapRequest) -> ModelPatcher:
@@ -45,11 +46,14 @@ def apply_block_swap(model: ModelPatcher, request: SwapRequest) -> ModelPatcher:
     if (residency := residency_of(model)) is not None and residency.shelf is not None:
         residency.shelf.bring_back()  # if unloading could not, this says why
         residency.shelf = None  # from now on two networks look at the mapping
+    if model.offload_device != HOME:
+        model.model.to(HOME)
+        model.model.device = HOME
     network = twin(model.model, compat.dynamic_state(model.model))
     compat.forget_dynamic_state(network)
     network.__dict__.pop(IN_PLACE, None)  # what streams is not used in place
     _cast_where_dtypes_differ(network)
-    network.device = model.offload_device
+    network.device = HOME
     empty = tuple(type(container)() for container in model.get_clone_model_override()[1])
     clone = model.clone(disable_dynamic=True, model_override=(network, empty))
     # The host takes a clone for a view of its parent's network, and this one has another network.
@@ -91,6 +95,7 @@ def _streamed(model: ModelPatcher, request: SwapRequest, shelf: Shelf | None) ->
             f"Block Swap: no blocks were found in this model ({type(model.model).__name__}), so nothing can stream; "
             "remove the node, and ComfyUI manages the model's memory as usual"
         )
+    model.offload_device = model.model.device = HOME
     model.model._sluice_residency = Residency(blocks, request, shelf)
     init = model.cached_patcher_init  # how the host makes another one, for a second GPU for instance
     if init is not None:

@@ -196,7 +196,7 @@ class InPlacePatcher(PatchingAtUse):
 
 def candidates(network: torch.nn.Module, patched: set[str]) -> list[Slot]:
     """The weights at home that a layer could use as they are: in a file, and as it computes with them."""
-    theirs = {id(weight) for key, weight in network.named_parameters() if key in patched}
+    theirs = {id(weight) for key, weight in network.named_parameters() if key in patched} if patched else ()
     return [
         slot
         for slot in slots_of(network.modules())

@@ -83,7 +83,11 @@ class DiskSource:
             self._parts.extend(_parts(self._files.of(weight), weight))
             self._places[key] = first, len(self._parts)
 
-        self._ring = HostBuffer(slots * SLOT_BYTES)
+        try:
+            self._ring = HostBuffer(slots * SLOT_BYTES)
+        except RefusedError:
+            self._files.close()
+            raise
         self.pinned_bytes = 0
         pinning = self._pin(request)
         self._slots = [Slot(self._ring, number, self._device.new_event()) for number in range(slots)]
@@ -215,6 +219,8 @@ class DiskSource:
         needed = part.skipped + part.nbytes
         whole = aligned(needed, DIRECT_ALIGN)
         part.file.read_into(slot.view[:whole], part.offset - part.skipped, needed)
+
+    def copy_of(self, block: int, tensor: int) -> None: ...
 
     def check(self) -> None:
         self._files.check()

@@ -28,7 +28,7 @@ from .registration import Registrar
 if TYPE_CHECKING:
     from .kept import KeptPages
 
-CHUNK_BYTES = 256 << 20  # one registration; a limit on locked memory then shows before all has been read
+CHUNK_BYTES = 256 << 20  # one registration, or one weight; a limit on locked memory then shows before all is read
 READ_BYTES = 8 << 20  # one read
 
 
@@ -47,6 +47,9 @@ class Source(Protocol):
 
         It may raise SourceError, and nothing is known of what `out` holds then. To be dropped before `close`.
         """
+
+    def copy_of(self, block: int, tensor: int) -> torch.Tensor | None:
+        """The tensor's bytes, where the source has read them into memory of its own for good."""
 
     def check(self) -> None:
         """SourceError if the files are no longer those that were loaded."""
@@ -81,10 +84,16 @@ class Request:
 
 
 class HostBuffer:
-    """Anonymous memory of any size. `pin_memory()` would round it up to a power of two, and keep it for ever."""
+    """Anonymous memory of any size. `pin_memory()` would round it up to a power of two, and keep it for ever.
+
+    RefusedError where the system has no more.
+    """
 
     def __init__(self, nbytes: int) -> None:
-        self._map = _anonymous(nbytes)
+        try:
+            self._map = _anonymous(nbytes)
+        except (OSError, MemoryError) as error:
+            raise RefusedError(f"the system gives no {size(nbytes)} of RAM ({error})") from error
         self.view = memoryview(self._map)
         # On the memoryview, which keeps the mapping open for as long as any slice of the tensor lives.
         # No inference tensor, whatever mode the host is in: the threads that fill it are outside of that.
@@ -140,6 +149,9 @@ class HostSource:
             self.device.copier(out[start : start + data.nbytes], data) for start, data in self.pieces[block, tensor]
         ]
         return copies[0] if len(copies) == 1 else partial(_each, copies)
+
+    def copy_of(self, block: int, tensor: int) -> torch.Tensor | None:
+        return self.pieces[block, tensor][0][1] if self.kind == "pinned" else None
 
     def check(self) -> None:
         self.files.check()
@@ -201,27 +213,16 @@ def _fill(
     source: HostSource, weights: Mapping[Key, Weight], request: Request, buffers: list[HostBuffer], told: Told
 ) -> dict[Key, list[tuple[int, torch.Tensor]]]:
     """Chunk by chunk: reading faults the pages in, by several threads, and what is there already is locked fast."""
-    layout: dict[Key, list[tuple[int, int, int, int]]] = {}  # (start in the tensor, bytes, chunk, offset in it)
-    chunks: list[list[tuple[Key, int, int, int]]] = []  # of each chunk (key, start in the tensor, bytes, offset)
-    end = 0
-    for key, weight in weights.items():
-        layout[key] = []
-        for start, nbytes, chunk, offset in _cut(end, weight.nbytes, CHUNK_BYTES):
-            layout[key].append((start, nbytes, chunk, offset))
-            if chunk == len(chunks):
-                chunks.append([])
-            chunks[chunk].append((key, start, nbytes, offset))
-        end += aligned(weight.nbytes)
-
+    pieces: dict[Key, list[tuple[int, torch.Tensor]]] = {}
     with ThreadPoolExecutor(request.threads, "sluice-fill") as pool:
-        for number, contents in enumerate(chunks):
-            buffer = HostBuffer(min(CHUNK_BYTES, end - number * CHUNK_BYTES))
+        for nbytes, places in _chunks(weights):
+            buffer = HostBuffer(nbytes)
             buffers.append(buffer)
             jobs = [
-                pool.submit(_read, source.files, weights[key], start + done, buffer, offset + done, size)
-                for key, start, nbytes, offset in contents
-                for done in range(0, nbytes, READ_BYTES)
-                for size in [min(READ_BYTES, nbytes - done)]
+                pool.submit(_read, source.files, weights[key], done, buffer, offset + done, size)
+                for key, offset in places.items()
+                for done in range(0, weights[key].nbytes, READ_BYTES)
+                for size in [min(READ_BYTES, weights[key].nbytes - done)]
             ]
             try:
                 for job in jobs:
@@ -230,10 +231,22 @@ def _fill(
                 pool.shutdown(wait=True, cancel_futures=True)  # nothing may be read into memory that is given up
                 raise
             buffer.pin(request.device.registrar)
-    return {
-        key: [(start, buffers[chunk].data[offset : offset + nbytes]) for start, nbytes, chunk, offset in parts]
-        for key, parts in layout.items()
-    }
+            for key, offset in places.items():
+                pieces[key] = [(0, buffer.data[offset : offset + weights[key].nbytes])]
+    return pieces
+
+
+def _chunks(weights: Mapping[Key, Weight]) -> list[tuple[int, dict[Key, int]]]:
+    """The bytes of each chunk, and where in it its weights begin. None is cut: a copy may stand in for its weight."""
+    chunks: list[tuple[int, dict[Key, int]]] = []
+    for key, weight in weights.items():
+        nbytes, (end, places) = aligned(weight.nbytes), chunks.pop() if chunks else (0, {})
+        if places and end + nbytes > CHUNK_BYTES:
+            chunks.append((end, places))
+            end, places = 0, {}
+        places[key] = end
+        chunks.append((end + nbytes, places))
+    return chunks
 
 
 def _read(files: OpenFiles, weight: Weight, start: int, buffer: HostBuffer, offset: int, nbytes: int) -> int:
@@ -242,17 +255,6 @@ def _read(files: OpenFiles, weight: Weight, start: int, buffer: HostBuffer, offs
     else:
         files.of(weight).read_into(buffer.view[offset : offset + nbytes], weight.offset + start)
     return nbytes
-
-
-def _cut(begin: int, nbytes: int, length: int) -> Sequence[tuple[int, int, int, int]]:
-    """A range cut at every multiple of `length`: (start within it, bytes, which length, offset in that)."""
-    parts, done = [], 0
-    while done < nbytes:
-        chunk, offset = divmod(begin + done, length)
-        size = min(length - offset, nbytes - done)
-        parts.append((done, size, chunk, offset))
-        done += size
-    return parts
 
 
 def _is_pinned(data: torch.Tensor) -> bool:

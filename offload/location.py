@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -16,4 +17,9 @@ def located(tensor: torch.Tensor) -> tuple[StoredFile, int] | None:
     if found is None:
         return None
     path, size, mtime_ns, offset = found
-    return StoredFile(Path(path), size, mtime_ns), offset
+    return _stored(path, size, mtime_ns), offset
+
+
+@lru_cache(maxsize=64)  # a model asks for each of its weights, all of them in a file or two
+def _stored(path: str, size: int, mtime_ns: int) -> StoredFile:
+    return StoredFile(Path(path), size, mtime_ns)

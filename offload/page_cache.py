@@ -15,6 +15,7 @@ from __future__ import annotations
 import mmap
 import time
 import warnings
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator
 from contextlib import nullcontext
@@ -150,15 +151,19 @@ def locked_bytes(beside: Container[StoredFile | None] = ()) -> int:
 
 
 class RegisteredFile:
-    """A mapping of one file and the ranges of it that are registered."""
+    """A mapping of one file and the ranges of it that are registered. RefusedError where it cannot be mapped."""
 
     def __init__(self, file: WeightFile, registrar: Registrar) -> None:
-        self._map = mmap.mmap(file.fileno(), file.stored.size, access=mmap.ACCESS_READ)
+        try:
+            self._map = mmap.mmap(file.fileno(), file.stored.size, access=mmap.ACCESS_READ)
+        except OSError as error:  # no address space, or a file system without mappings
+            raise RefusedError(f"the file cannot be mapped ({error.strerror})") from error
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             self.data = torch.from_numpy(np.frombuffer(self._map, dtype=np.uint8))
         self.stored, self._registrar = file.stored, registrar
         self._ends: dict[int, int] = {}  # of every registered range
+        self._ranges: list[tuple[int, int]] | None = None  # the same in order, if nothing changed since
         _all.add(self)
 
     @property
@@ -177,19 +182,26 @@ class RegisteredFile:
         """Register one range, from the beginning of a page on."""
         self._registrar.register(self.data.data_ptr() + start, stop - start, read_only=True)
         self._ends[start] = stop
+        self._ranges = None
 
     def unlock(self, start: int) -> None:
         """Undo `lock`. No copy from there may be under way."""
         self._registrar.unregister(self.data.data_ptr() + start)
         del self._ends[start]
+        self._ranges = None
 
     def pieces(self, weight: Weight) -> list[tuple[int, torch.Tensor]]:
         """A weight, cut where a registration ends: one copy may not read from two."""
         return [(start - weight.offset, self.data[start:stop]) for start, stop in self._cut(weight)]
 
     def _cut(self, weight: Weight) -> Iterator[tuple[int, int]]:
-        for begin, end in list(self._ends.items()):
-            start, stop = max(begin, weight.offset), min(end, weight.offset + weight.nbytes)
+        ranges, last = self._ranges, weight.offset + weight.nbytes
+        if ranges is None:
+            ranges = self._ranges = sorted(self._ends.items())
+        for begin, end in ranges[max(0, bisect_right(ranges, (weight.offset, self.stored.size)) - 1) :]:
+            if begin >= last:
+                break
+            start, stop = max(begin, weight.offset), min(end, last)
             if start < stop:
                 yield start, stop
 

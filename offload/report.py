@@ -7,10 +7,10 @@ parts belong together.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .costs import GB
-from .plan import StreamPlan
+from .plan import StreamPlan, predict
 from .residency import Residency
 from .streaming import Streaming
 
@@ -96,7 +96,7 @@ def state_of(residency: Residency) -> SwapState:
         blocks=blocks,
         current_block=streaming.inside if streaming else None,
         source=_source(streaming),
-        plan=_plan(plan) if plan else None,
+        plan=_plan(_with_times_of_now(plan, residency)) if plan else None,
         last_step=_step(residency, plan) if plan else None,
         passes=residency.steps,
         plans_made=residency.plans_made,
@@ -124,6 +124,16 @@ def _source(streaming: Streaming | None) -> SourceState | None:
         return None
     choice = streaming.choice
     return SourceState(choice.source.kind, choice.reason, choice.source.pinned_bytes)
+
+
+def _with_times_of_now(plan: StreamPlan, residency: Residency) -> StreamPlan:
+    """The plan as it stands by what its blocks were measured to take: the first is made before there is any
+    measurement, and stays as long as it serves."""
+    if residency.times is None:
+        return plan
+    seconds = residency.times.seconds()
+    blocks = tuple(replace(block, compute_seconds=s) for block, s in zip(plan.blocks, seconds, strict=True))
+    return replace(plan, blocks=blocks, step_seconds=predict(seconds, plan.copies, plan.link))
 
 
 def _plan(plan: StreamPlan) -> PlanState:

@@ -22,7 +22,6 @@ from dataclasses import replace
 import torch
 
 from ..loaders.sizes import size
-from .arrival import bring
 from .block_times import BlockTimes
 from .blocks import Block
 from .costs import SMALL_BYTES, BlockCost, Link, SwapRequest
@@ -30,6 +29,7 @@ from .device import Device, device_for
 from .errors import ArenaError
 from .hooks import Following
 from .link import link_of
+from .placed import Placed
 from .plan import BudgetTooSmallError, StreamPlan, make_plan
 from .replan import replan
 from .runs import Run, runs_of
@@ -70,7 +70,7 @@ class Residency:
         self._outside: list[Slot] = []
         self._tables: list[Slot] = []  # that stay in RAM
         self._buffers: list[tuple[torch.nn.Module, str, torch.Tensor]] = []
-        self._placed: dict[Slot, torch.nn.Parameter] = {}
+        self._placed = Placed()
         self._device: Device | None = None
         self._terms: Terms | None = None
         self._streaming: Streaming | None = None
@@ -115,7 +115,8 @@ class Residency:
     def arrange(
         self, network: torch.nn.Module, device: torch.device, terms: Terms, foreseen: Foreseen | None = None
     ) -> bool:
-        """Make the weights lie as the best plan for `terms` says; whether anything had to move.
+        """Make the weights lie as the best plan for `terms` says; whether anything had to move. They may be on their
+        way until `settle`.
 
         Args:
             foreseen: what `foresee` said for the same terms, which is not planned again then.
@@ -141,8 +142,7 @@ class Residency:
                 if plan is self.plan and self._as_planned():
                     self._terms = terms
                     return False
-                if self.shelf is not None:
-                    self.shelf.bring_back()
+                self._fetch_homes()
                 self._carry_out(plan, why, terms)
                 return True
             except (torch.OutOfMemoryError, ArenaError) as error:
@@ -226,11 +226,14 @@ class Residency:
             return
         if plan is before:
             return
+        self._fetch_homes()
         try:
             self._carry_out(plan, why, self._terms)
         except (torch.OutOfMemoryError, ArenaError) as error:
             log.warning("the GPU has no room for a better plan (%s); the plan before stays", _first_line(error))
             self._carry_out(before, "back to the plan before", self._terms)
+        self.settle()
+        self.close_file()
 
     # --- carrying a plan out
 
@@ -254,20 +257,16 @@ class Residency:
     def _carry_out(self, plan: StreamPlan, why: str, terms: Terms) -> None:
         assert self._device is not None
         self._stop_streaming()
-        staying = set(self._resident(plan))
-        for slot in [slot for slot in self._placed if slot not in staying]:
-            self._send_home(slot)
+        resident = self._resident(plan)
+        staying = set(resident)
+        self._placed.go_home([slot for slot in self._placed if slot not in staying])
         self.plan, self._terms, self.steps = plan, terms, 0
         self.plans_made += 1
         self._start_streaming(plan, terms)
-        missing = [slot for slot in staying if not self._is_there(slot) and not terms.patched_by_host(slot)]
-        missing.sort(key=lambda slot: -slot.nbytes)
-        there = bring(missing, self._device, self._dtype, terms.located, terms.may_pin, terms.watch, terms.kept)
-        for slot, parameter in zip(missing, there, strict=True):
-            self._placed[slot] = parameter
-            slot.show(parameter)
+        missing = [slot for slot in resident if not self._is_there(slot) and not terms.patched_by_host(slot)]
         for module, name, buffer in self._buffers:
             module._buffers[name] = buffer.to(self._device.torch_device)
+        self._placed.send(missing, self._device, self._dtype, terms)
         log.info("%s: %s", why, plan)
 
     def _start_streaming(self, plan: StreamPlan, terms: Terms) -> None:
@@ -303,16 +302,10 @@ class Residency:
                 self.shelf.bring_back()
             except Exception as error:  # whoever uses the model next is told
                 log.warning("the model's weights are gone: %s; the next use says what to do", error)
-        for slot in list(self._placed):
-            self._send_home(slot)
+        self._placed.go_home(self._placed)
         for module, name, buffer in self._buffers:
             module._buffers[name] = buffer
         self._outside, self._tables, self._buffers, self._terms = [], [], [], None
-
-    def _send_home(self, slot: Slot) -> None:
-        del self._placed[slot]
-        slot.go_home()
-        slot.forget()
 
     def _resident(self, plan: StreamPlan | None) -> list[Slot]:
         streamed = {(copy.block, copy.tensor) for copy in plan.copies} if plan is not None else set()
@@ -332,29 +325,36 @@ class Residency:
             return None  # where they are already, and what a cast would destroy
         return self._terms.dtype_of(*slot.owners[0])
 
+    def settle(self) -> None:
+        """Wait for the weights that are on their way; SourceError if they are not what was loaded."""
+        self._placed.wait()
+
     def adopt(self) -> None:
         """The host has put patched copies in the place of some resident weights: these are what lies there now."""
-        for slot in self._resident(self.plan):
-            shown = slot.shown
-            if shown is not None and shown is not slot.home and shown is not self._placed.get(slot):
-                self._placed[slot] = shown
+        self._placed.adopt(self._resident(self.plan))
 
     def close_file(self) -> None:
         """Once the host has done its part: let go of the model's file if no weight has to come from it."""
         terms, device = self._terms, self._device
-        if self.shelf is None or terms is None or device is None:
+        if self.shelf is None or terms is None or device is None or self.request.offload_embeddings:
             return
-        if self._streaming is not None or self.request.offload_embeddings:
-            return
-        if terms.kept is not None and terms.kept.nbytes:  # it is locked for the next time
+        copies = self._streaming.copies() if self._streaming is not None else {}
+        if copies is None or (terms.kept is not None and terms.kept.nbytes):  # it is locked for the next time
             return
         if device.torch_device.type != "cpu" and all(slot in self._placed for slot in self._resident(self.plan)):
-            self.shelf.put_away(self._placed, terms.located)
+            self.shelf.put_away(self._placed, terms.located, copies)
+            if self._streaming is not None:
+                self._streaming.forget_homes()
+
+    def _fetch_homes(self) -> None:
+        """From the file, if they were put away."""
+        if self.shelf is not None:
+            self.restore()
+            self.shelf.bring_back()
 
     def disown(self) -> None:
         """The host has taken its patched copies away."""
-        for slot in [slot for slot, there in self._placed.items() if slot.shown is not there]:
-            self._send_home(slot)
+        self._placed.disown()
 
     # --- around the blocks
 

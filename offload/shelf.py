@@ -1,14 +1,16 @@
 """Let go of a model's file while nothing needs it, and open it again.
 
-When all weights lie on the device, the mapping of their file serves nobody: it keeps pages in the process, and on
-Windows it keeps anybody from replacing the file. So each home is put away. What stands in for it has its type and its
-shape and no memory, and the home is made again over a new mapping before a weight has to go there.
+When all weights lie on the device, or as copies in locked memory, the mapping of their file serves nobody: it keeps
+pages in the process, and on Windows it keeps anybody from replacing the file. So each home is put away. What stands in
+for it is the copy, or else has its type and its shape and no memory; and the home is made again over a new mapping
+before a weight has to go there.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -44,18 +46,25 @@ class Shelf:
     def holds_any(self) -> bool:
         return bool(self._away)
 
-    def put_away(self, slots: Iterable[Slot], located: Located) -> bool:
-        """Put away what lies in the file, and close it; whether it is closed. The weights must be shown elsewhere."""
-        self.empty(slots, located)
+    def put_away(
+        self, slots: Iterable[Slot], located: Located, copies: Mapping[Slot, torch.Tensor] = MappingProxyType({})
+    ) -> bool:
+        """Put away what lies in the file, and close it; whether it is closed. The weights must be shown elsewhere, or
+        be among `copies`, as bytes that nobody changes."""
+        self.empty((*slots, *copies), located, copies)
         return self.close()
 
-    def empty(self, slots: Iterable[Slot], located: Located) -> None:
+    def empty(
+        self, slots: Iterable[Slot], located: Located, copies: Mapping[Slot, torch.Tensor] = MappingProxyType({})
+    ) -> None:
         """Put away what lies in the file, which stays open: that of several networks is found as long as it is."""
         if not self._away:
             found = ((slot, slot.location(located)) for slot in slots)
             self._away = [(slot, *place) for slot, place in found if place is not None]
             for slot, *_ in self._away:
-                slot.rehome(slot.over(torch.empty(slot.nbytes, dtype=torch.uint8, device="meta")))
+                copy = copies.get(slot)
+                nothing = torch.empty(slot.nbytes, dtype=torch.uint8, device="meta")
+                slot.rehome(slot.over(nothing if copy is None else copy))
 
     def close(self) -> bool:
         """Close the file; whether nothing of it is mapped any more."""

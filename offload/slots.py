@@ -36,7 +36,7 @@ class Slot:
 
     @property
     def nbytes(self) -> int:
-        return self.stored.nbytes
+        return (self.home._qdata if isinstance(self.home, QuantizedTensor) else self.home).nbytes
 
     @property
     def streams(self) -> bool:
@@ -65,12 +65,16 @@ class Slot:
             quantized = QuantizedTensor(there, self.home._layout_cls, self.home._params.to_device(data.device))
             return torch.nn.Parameter(quantized, requires_grad=False)
 
-    def moved(self, device: torch.device, dtype: torch.dtype | None) -> torch.nn.Parameter:
-        """A copy on `device`, in `dtype` unless it is quantised."""
+    def moved(self, device: torch.device, dtype: torch.dtype | None, at_once: bool = False) -> torch.nn.Parameter:
+        """A copy on `device`, in `dtype` unless it is quantised.
+
+        Args:
+            at_once: go on before it is there. NVIDIA's driver has read memory that is not locked by then.
+        """
         if isinstance(self.home, QuantizedTensor):
             with torch.inference_mode():
                 return torch.nn.Parameter(self.home.to(device), requires_grad=False)
-        return torch.nn.Parameter(self.home.detach().to(device, dtype, copy=True), requires_grad=False)
+        return torch.nn.Parameter(self.home.detach().to(device, dtype, at_once, copy=True), requires_grad=False)
 
     def show(self, parameter: torch.nn.Parameter) -> None:
         for module, name in self.owners:
@@ -98,6 +102,12 @@ class Slot:
     def shown(self) -> torch.nn.Parameter | None:
         module, name = self.owners[0]
         return module._parameters[name]
+
+
+def memory_of(parameter: torch.nn.Parameter) -> int:
+    """What tells memory that a parameter lies in from other memory: others may lie in the same."""
+    stored = parameter._qdata if isinstance(parameter, QuantizedTensor) else parameter
+    return stored.untyped_storage().data_ptr()
 
 
 def slots_of(modules: Iterable[torch.nn.Module]) -> list[Slot]:

@@ -75,15 +75,20 @@ class StreamedPatcher(StreamingAdapters):
                 # Saving reads the weights one by one and patches them then: the host need not force patches on them.
                 super().load(device, lowvram_model_memory=1e32, force_patch_weights=False, full_load=False)
             self._residency.adopt()
+            self._residency.settle()
             self._residency.close_file()
             self.model.model_lowvram = True  # so that the host undoes what was done to the layers' functions
             self.model.model_loaded_weight_memory = self._residency.vram_bytes + self.adapter_bytes
 
     def _load_list(self, *args: Any, **kwargs: Any) -> list:
-        """The host's own loading goes over what is resident."""
+        """The host's own loading goes over what is resident, all of it."""
         streamed = self._residency.streamed_modules()
         everything = super()._load_list(*args, **kwargs)
-        return [entry for entry in everything if entry[-2] not in streamed]
+        resident = [entry for entry in everything if entry[-2] not in streamed]
+        for *_, name, module, parameters in resident:
+            if self.patches.keys().isdisjoint(f"{name}.{own}" for own in parameters):
+                compat.leave_unpatched(module)
+        return resident
 
     def partially_load(
         self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False

@@ -14,6 +14,7 @@ import torch
 from .device import Device
 from .plan import StreamPlan
 from .runs import Run
+from .slots import Slot
 from .source import Choice
 from .streamer import BlockStreamer
 
@@ -56,6 +57,21 @@ class Streaming:
     def inside(self) -> int | None:
         """The block that computes, or None between two."""
         return self._inside
+
+    def copies(self) -> dict[Slot, torch.Tensor] | None:
+        """Each streamed weight and its bytes in memory of the source's own; None where some come from elsewhere."""
+        found: dict[Slot, torch.Tensor] = {}
+        for copy in self.streamer.plan.copies:
+            run, data = self._runs[copy.block][copy.tensor], self.choice.source.copy_of(copy.block, copy.tensor)
+            if data is None:
+                return None
+            found.update((slot, data[at : at + slot.nbytes]) for slot, at in zip(run.slots, run.starts, strict=True))
+        return found
+
+    def forget_homes(self) -> None:
+        """Some have changed, between two blocks."""
+        self.restore()
+        self._swaps = []
 
     def modules(self) -> dict[torch.nn.Module, None]:
         """Those that hold a streamed weight, in order."""

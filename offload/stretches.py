@@ -9,8 +9,9 @@ things happen at a time:
 
 Only a few stretches are locked at any moment, however large the file is: other programs lose nothing but that. What
 that saves is small, because the driver locks more slowly while it copies, and to unlock waits for whatever the GPU is
-at: on an H200, 6 GB take twice the time of their copy (benchmarks/results/arrival_h200.txt). So what is to be copied
-again soon stays locked (`kept`), and takes the copy alone then.
+at: on an H200, 6 GB take twice the time of their copy (benchmarks/results/arrival_h200.txt). Threads that copy into a
+ring of memory that stays locked are hardly faster there, 1.74 times at best, and need that memory. So what is to be
+copied again soon stays locked (`kept`), and takes the copy alone then: `under_way` enqueues it and waits for nothing.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from .errors import RefusedError
 from .files import OpenFiles, StoredFile, Weight
 from .kept import Cell, KeptPages, cells
 from .page_cache import RegisteredFile, used_spans
+from .pieces import PIECE_BYTES, Pieces
 
 STRETCH_BYTES = 128 << 20
 AHEAD = 3  # stretches that are locked, or about to be, before their copies are enqueued
@@ -106,31 +108,58 @@ def copied(
         torch.OutOfMemoryError: nothing of them stays on the device.
         SourceError: a file is not what was loaded.
     """
-    files = OpenFiles(weights.values())
-    crossing = Crossing(weights, device, files, kept)
+    try:
+        crossing = Crossing(weights, device, OpenFiles(weights.values()), kept)
+    except RefusedError as refused:
+        return {}, str(refused)
     try:
         refusal = crossing.go(told)
-        files.check()
+        crossing.finish()
         return crossing.arrived(), refusal
     finally:
         crossing.close()
-        files.close()
+
+
+def under_way(weights: Mapping[int, Weight], device: Device, kept: KeptPages) -> Crossing | None:
+    """All copies of `weights` enqueued; None where some page is not locked. What the calling thread computes from now
+    on comes after them. It must `finish` when it needs the CPU to know that, and `close` in any case.
+
+    Raises:
+        torch.OutOfMemoryError: nothing of them stays on the device.
+        SourceError: a file cannot be opened, or is not what was loaded.
+    """
+    crossing = Crossing(weights, device, OpenFiles(weights.values()), kept)
+    try:
+        if crossing.go_at_once():
+            return crossing
+    except BaseException:
+        crossing.close()
+        raise
+    crossing.close()
+    return None
 
 
 class Crossing:
-    """The weights on their way."""
+    """The weights on their way. It closes `files`, also where it raises RefusedError: one of them cannot be mapped."""
 
     def __init__(
         self, weights: Mapping[int, Weight], device: Device, files: OpenFiles, kept: KeptPages | None = None
     ) -> None:
-        self._weights, self._device = weights, device
+        self._weights, self._device, self._files = weights, device, files
         self._kept = kept.use(device) if kept is not None else None
         mapped = self._kept.mapped if self._kept is not None else lambda file: RegisteredFile(file, device.registrar)
-        self._mapped = {file.stored: mapped(file) for file in files.all()}
+        self._mapped: dict[StoredFile, RegisteredFile] = {}
+        self._locked: dict[tuple[StoredFile, int], RegisteredFile] = {}  # what is to be unlocked, by its beginning
+        try:
+            self._mapped.update((file.stored, mapped(file)) for file in files.all())
+        except BaseException:
+            self._let_go()
+            raise
         self._stretches = cut(weights, whole_cells=self._kept is not None)
         self._left = {number: weight.nbytes for number, weight in weights.items()}
+        nbytes = {number: weight.nbytes for number, weight in weights.items()}
+        self._pieces = Pieces(nbytes, device, PIECE_BYTES if kept is not None else 0)
         self._places: dict[int, torch.Tensor] = {}
-        self._locked: dict[tuple[StoredFile, int], RegisteredFile] = {}  # what is to be unlocked, by its beginning
         self._copying, self._allocated = device.new_copy_stream(), device.new_event()
         self._locker, self._unlocker = (ThreadPoolExecutor(LOCKERS, f"sluice-{what}") for what in ("lock", "unlock"))
 
@@ -153,6 +182,34 @@ class Crossing:
             told(patiently(unlocks.popleft(), told))
         return refusal
 
+    def go_at_once(self) -> bool:
+        """Enqueue all copies of what is locked already, and have what the caller computes come after them; whether all
+        was."""
+        if self._kept is None or not all((one.file, one.start, one.stop) in self._kept for one in self._stretches):
+            return False
+        done = None
+        for stretch in self._stretches:
+            if self._lock(stretch):
+                return False
+            done, _ = self._enqueue(stretch)
+        if done is not None:
+            self._device.wait(self._device.compute_stream(), done)
+        return True
+
+    @property
+    def nbytes(self) -> int:
+        """Of all weights."""
+        return sum(weight.nbytes for weight in self._weights.values())
+
+    def finish(self) -> None:
+        """Wait for what is enqueued.
+
+        Raises:
+            SourceError: a file was changed meanwhile.
+        """
+        self._device.synchronize(self._copying)
+        self._files.check()
+
     def _lock(self, stretch: Stretch) -> str:
         """Why that was refused, or nothing."""
         file, start, stop = stretch.file, stretch.start, stretch.stop
@@ -168,7 +225,7 @@ class Crossing:
         """Copy what is on the stretch; the event after that, and the bytes of the weights that are complete then."""
         for part in stretch.parts:
             if part.number not in self._places:
-                self._places[part.number] = self._device.allocate(self._weights[part.number].nbytes)
+                self._places[part.number] = self._pieces.place(part.number)
         # The allocator may hand out memory that kernels enqueued earlier still use.
         self._device.record(self._allocated, self._device.compute_stream())
         self._device.wait(self._copying, self._allocated)
@@ -198,6 +255,10 @@ class Crossing:
         self._device.synchronize(self._copying)
         self._unlocker.shutdown(wait=True)
         self._places = {}
+        self._pieces.clear()
+        self._let_go()
+
+    def _let_go(self) -> None:
         for (_, start), mapped in self._locked.items():
             mapped.unlock(start)
         if self._kept is not None:
@@ -205,3 +266,4 @@ class Crossing:
         else:
             for mapped in self._mapped.values():
                 mapped.close()
+        self._files.close()

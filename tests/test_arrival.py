@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import random
 from collections.abc import Callable
@@ -216,6 +217,29 @@ def test_a_file_that_changed_is_not_touched_where_locking_is_refused(tmp_path: P
     model = Model(tmp_path, 2)
     with pytest.raises(SourceError, match="changed since it was loaded"):
         model.bring(Gpu("random", 0, Touching(tmp_path / "one.bin")))
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_file_that_cannot_be_mapped(
+    tmp_path: Path, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of two: nothing stays of the first, and the weights go the slow way."""
+    model, asked, make = Model(tmp_path, 3), [], mmap.mmap
+
+    def refusing(*args: object, **options: object) -> mmap.mmap:
+        asked.append(args)
+        if len(asked) == 2:
+            raise error(errno.ENOMEM, "Cannot allocate memory")
+        return make(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(mmap, "mmap", refusing)
+    gpu = Gpu("random", 0, registrar := Registrar())
+    if error is OSError:
+        model.check(model.bring(gpu))
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            model.bring(gpu)
+    assert len(asked) == 2 and registrar.registered == {}
 
 
 def test_a_weight_that_changes_its_type_is_converted(tmp_path: Path) -> None:

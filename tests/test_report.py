@@ -105,6 +105,20 @@ class TestState:
         assert plan is not None and plan.budget_bytes is None
         residency.leave()
 
+    def test_the_plan_tells_the_times_that_its_blocks_were_measured_to_take(self, streamed) -> None:
+        network, residency, _ = streamed
+        first = state_of(residency)
+        assert first.plan is not None and first.plan.compute_ms == 4 * 1.0  # as long as nothing is known
+        residency.follow(Patcher())
+        run(network, 8)
+        state = state_of(residency)
+        measured = [block.compute_ms for block in state.blocks]
+        assert state.plan is not None and None not in measured
+        assert state.plan.compute_ms == pytest.approx(sum(measured), abs=0.005)
+        assert state.plan.step_ms >= max(state.plan.compute_ms, state.plan.copy_ms) - 0.005
+        assert state.plan.bound_by == ("copy" if state.plan.copy_ms > state.plan.compute_ms else "compute")
+        assert state.plan.text != first.plan.text
+
     def test_the_current_block_is_the_one_that_computes(self, streamed) -> None:
         network, residency, _ = streamed
         patcher, seen = Patcher(), []

@@ -98,6 +98,27 @@ def test_file_closes_and_weights_come_back(mapped: MappedNetwork) -> None:
         assert all(map(torch.equal, values(mapped.slots), before))
 
 
+def test_copies_stand_in_for_weights_that_are_shown_nowhere_else(mapped: MappedNetwork) -> None:
+    """As those that stream from memory of the source's own: whoever looks at the network finds them."""
+    x = torch.randn(3, 64)
+    before, expected = values(mapped.slots), mapped.network(x)
+    copied, shown = mapped.slots[::2], mapped.slots[1::2]
+    shelf = Shelf(mapped)
+    for _ in range(2):
+        show_elsewhere(shown)
+        copies = {slot: slot.stored.reshape(-1).view(torch.uint8).clone() for slot in copied}
+        assert shelf.put_away(shown, mapped.located, copies), "something still maps the file"
+        assert all(slot.shown is slot.home and not slot.home.is_meta for slot in copied)
+        assert all(slot.home.is_meta for slot in shown)
+        assert torch.equal(mapped.network(x), expected)
+        shelf.bring_back()
+        del copies
+        for slot in mapped.slots:
+            slot.go_home()
+        assert all(map(torch.equal, values(mapped.slots), before))
+    assert not mapped.close(), "nothing maps the file"
+
+
 def test_types_and_shapes_stay_known_while_away(mapped: MappedNetwork) -> None:
     before = [(slot.home.shape, slot.home.dtype, slot.nbytes, type(slot.home)) for slot in mapped.slots]
     show_elsewhere(mapped.slots)

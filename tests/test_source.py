@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import random
@@ -131,6 +132,23 @@ def test_a_source_gives_the_bytes(stored: Stored, device: HostDevice, kind: str,
     assert device.registrar.registered == {}
 
 
+@pytest.mark.parametrize("kind", ["page_cache", "pinned", "disk"])
+def test_only_memory_of_its_own_is_a_copy(
+    stored: Stored, device: HostDevice, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each weight in one piece, so that it can stand in for what is in the file; also one larger than a chunk."""
+    monkeypatch.setattr(host_memory, "CHUNK_BYTES", 2 * PAGE)
+    assert max(weight.nbytes for weight in stored.weights.values()) > host_memory.CHUNK_BYTES
+    choice = choose(stored.weights, device, kind=kind, ram_budget_bytes=PLENTY)
+    for key, weight in stored.weights.items():
+        copy = choice.source.copy_of(*key)
+        assert (copy is not None) == (kind == "pinned")
+        if copy is not None:
+            assert copy.shape == (weight.nbytes,) and copy.numpy().tobytes() == stored.truth(key)
+            del copy
+    closing(choice)
+
+
 @pytest.mark.parametrize("options", [{"may_pin": False}, {"ram_budget_bytes": 10}])
 def test_weights_that_stay_pageable_are_named(stored: Stored, device: HostDevice, options: dict) -> None:
     stored.weights[0, 9] = Weight(100, data=torch.zeros(100, dtype=torch.uint8))
@@ -178,6 +196,39 @@ def test_the_first_rung_that_works_is_taken(
     assert choice.source.pinned_bytes <= options.get("ram_budget_bytes", PLENTY)
     closing(choice)
     assert device.registrar.registered == {}
+
+
+@pytest.mark.parametrize(
+    ("maps", "kind", "refusals"),
+    [
+        ("no file", "pinned", {"page_cache": "cannot be mapped (No such device)"}),
+        ("nothing", None, {"page_cache": "cannot be mapped", "pinned": "gives no", "disk": "gives no"}),
+    ],
+)
+def test_a_system_that_maps_nothing(
+    stored: Stored, device: HostDevice, maps: str, kind: str | None, refusals: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system without mappings, and no address space at all."""
+
+    def refusing(fileno: int, *args: object, **options: object) -> mmap.mmap:
+        if fileno >= 0:
+            raise OSError(errno.ENODEV, "No such device")
+        if maps == "nothing":
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return make(fileno, *args, **options)  # type: ignore[arg-type]
+
+    make = mmap.mmap
+    monkeypatch.setattr(mmap, "mmap", refusing)
+    if kind is None:
+        with pytest.raises(StreamError, match=r"Cannot allocate memory.*free RAM") as raised:
+            choose(stored.weights, device, ram_budget_bytes=PLENTY)
+        assert all(part in str(raised.value) for part in refusals.values())
+        return
+    choice = choose(stored.weights, device, ram_budget_bytes=PLENTY)
+    assert choice.source.kind == kind and all(part in dict(choice.refusals)[rung] for rung, part in refusals.items())
+    for key in stored.weights:
+        assert read(choice.source, stored.weights, key) == stored.truth(key)
+    closing(choice)
 
 
 @pytest.mark.parametrize("most", range(3))

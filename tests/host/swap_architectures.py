@@ -1,12 +1,14 @@
 """Sample from tiny models of every architecture, as they are and with Block Swap, and compare.
 
 Runs inside the host as `compare_latents.py` does, and makes the models as that does: `python swap_architectures.py
-FOLDER NAME...`. Prints one JSON line for each architecture.
+FOLDER NAME...`. The copies are those of a device that makes them as late, as early or as oddly as the events allow, and
+a released place of the ring is overwritten with NaN. Prints one JSON line for each architecture.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,9 +18,11 @@ sys.argv = [sys.argv[0], FOLDER]  # no names: nothing is compared while it is im
 from host import compare_latents  # noqa: E402  (switches the host to the CPU, so it comes first)
 
 import comfy.model_management  # noqa: E402  isort: skip
+import pack.offload.residency  # noqa: E402  isort: skip
 import pack.offload.streaming  # noqa: E402  isort: skip
 import torch  # noqa: E402  isort: skip
 from comfy.model_patcher import ModelPatcher  # noqa: E402  isort: skip
+from fake_device import POLICIES, FakeDevice, NotingRegistrar  # noqa: E402
 from host import tiny_files  # noqa: E402
 from host.tiny_models import ARCHITECTURES  # noqa: E402
 from pack.loaders.diffusion import load_diffusion_model  # noqa: E402
@@ -29,19 +33,29 @@ from pack.offload.streamed_patcher import residency_of  # noqa: E402
 from pack.offload.streamer import BlockStreamer  # noqa: E402
 
 pack.offload.streaming.BlockStreamer = partial(BlockStreamer, poison=True)
+made = itertools.count()
+
+
+def some_device(device: torch.device) -> FakeDevice:
+    """Where the network computes at once, and copies wait."""
+    number = next(made)
+    return FakeDevice(POLICIES[number % len(POLICIES)], number, eager=True, registrar=NotingRegistrar())
+
+
+pack.offload.residency.device_for = some_device
 
 
 def requests(model: ModelPatcher) -> dict[str, SwapRequest]:
-    """Everything streams; half of the blocks do; and whatever does in the least VRAM that works."""
+    """None, a quarter, half or all of the blocks stream; and whatever does in the least VRAM that works."""
     probe = apply_block_swap(model, SwapRequest(vram_budget_gb=1e-6, prefetch_blocks=0))
     try:
         probe.partially_load(probe.load_device, 1e32)
     except BudgetTooSmallError as error:
         least = error.smallest_bytes + 1
     count = len(residency_of(probe).names)
+    parts = {"none": 0, "quarter": -(-count // 4), "half": -(-count // 2), "all": count}
     return {
-        "all": SwapRequest(blocks_to_swap=count),
-        "half": SwapRequest(blocks_to_swap=-(-count // 2)),
+        **{name: SwapRequest(blocks_to_swap=blocks) for name, blocks in parts.items()},
         "least": SwapRequest(vram_budget_gb=least / 1e9, prefetch_blocks=0),
     }
 
@@ -63,10 +77,13 @@ def compare(name: str, folder: Path) -> dict[str, object]:
             found: dict[str, object] = {"finite": bool(expected.isfinite().all())}
             for plan, request in requests(model).items():
                 swapped = apply_block_swap(model, request)
-                runs = [compare_latents.sample(swapped, tiny) for _ in range(2)]
-                made = residency_of(swapped).plan
-                share = made.streamed_bytes / sum(block.streamable_bytes for block in made.blocks)
-                found[plan] = {"equal": all(torch.equal(run, expected) for run in runs), "share": share}
+                runs = [compare_latents.sample(swapped, tiny) for _ in range(2 if plan in ("half", "least") else 1)]
+                carried_out = residency_of(swapped).plan
+                found[plan] = {
+                    "equal": all(torch.equal(run, expected) for run in runs),
+                    "share": carried_out.streamed_bytes / sum(block.streamable_bytes for block in carried_out.blocks),
+                    "blocks": len({copy.block for copy in carried_out.copies}) / len(carried_out.blocks),
+                }
                 comfy.model_management.unload_all_models()
             result[kind] = found
     with contextlib.suppress(PermissionError):  # Windows keeps a file that is mapped

@@ -22,9 +22,11 @@ from host import model_checks as base  # switches the host to the mode that the 
 
 import comfy.model_management  # isort: skip
 import comfy.sd  # isort: skip
+import pack.offload.residency  # isort: skip
 import pack.offload.streamed_patcher  # isort: skip
 import psutil  # isort: skip
 import torch  # isort: skip
+from fake_device import FakeDevice, NotingRegistrar
 from host.model_checks import FOLDER, GGUF, ON_GPU, SAFETENSORS
 from host.swap_checks import (
     BLOCKS,
@@ -38,6 +40,7 @@ from host.swap_checks import (
     same_bytes,
     streamed,
 )
+from pack.loaders import compat
 from pack.loaders.diffusion import load_diffusion_model
 from pack.loaders.gguf.errors import GGUFError
 from pack.offload.attach import stream
@@ -45,6 +48,7 @@ from pack.offload.costs import SwapRequest
 from pack.offload.device import device_for
 from pack.offload.errors import SourceError
 from pack.offload.files import WeightFile
+from pack.offload.plan import make_plan
 
 TIGHT = DIALS["a ring for one block"]
 CPU = torch.device("cpu")
@@ -310,6 +314,98 @@ def check_file_is_let_go_while_all_weights_are_resident() -> None:
         comfy.model_management.unload_all_models()
         gc.collect()
         assert not mappings(), "a model that is gone holds the file"
+
+
+def check_file_is_let_go_where_all_that_streams_is_copied() -> None:
+    """What is in VRAM and what was copied to locked RAM needs no file; a plan that streams less opens it again."""
+    if not ON_GPU:
+        return
+    with copied("gguf", "copied") as path:
+
+        def mapped() -> int:
+            process = psutil.Process()
+            return sum(m.path == str(path) for m in process.memory_maps(grouped=False)) + sum(
+                file.path == str(path) for file in process.open_files()
+            )
+
+        loaded = load_diffusion_model(path, disable_dynamic=True)
+        whole = bytes_of(loaded)
+        model = stream(loaded, SwapRequest(vram_budget_gb=0.0066, weight_source="pinned"))
+        del loaded
+        assert mapped(), "nothing was mapped to begin with"
+        expected = latent(load_diffusion_model(GGUF, disable_dynamic=True))
+        for _ in range(2):
+            for _ in range(2):
+                assert close_to(latent(model), expected)
+                residency = residency_of(model)
+                assert residency.choice.source.kind == "pinned" and residency.plan.copies
+                assert not mapped(), "all is copied, and the file still mapped"
+                assert same_bytes(bytes_of(model), whole), "what streams is found in its copy"
+            held = residency.plan.streamed_bytes
+            assert model.partially_unload(model.offload_device, model.loaded_size() // 20) > 0
+            assert residency.plan.streamed_bytes > held and not mapped()
+            assert close_to(latent(base.with_lora(model)), latent(base.with_lora(load_diffusion_model(GGUF))))
+            assert close_to(latent(model), expected) and not mapped()
+            comfy.model_management.unload_all_models()
+            assert mapped() and same_bytes(bytes_of(model), whole), "weights are at home in the file again"
+        del model, residency
+        comfy.model_management.unload_all_models()
+        gc.collect()
+        assert not mapped(), "a model that is gone holds the file"
+
+
+def check_copies_stand_in_for_what_streams() -> None:
+    """The same with a stand-in for the GPU's copies and its locked memory, where what stays keeps the file open."""
+    if ON_GPU:
+        return
+    own, left = pack.offload.residency.device_for, compat.pinned_memory_left
+    pack.offload.residency.device_for = lambda device: FakeDevice("late", eager=True, registrar=NotingRegistrar())
+    compat.pinned_memory_left = lambda: 1 << 30
+    try:
+        plain = load_diffusion_model(GGUF)
+        expected, whole = latent(plain), bytes_of(plain)
+        adapted = latent(base.with_lora(plain))
+        model = stream(load_diffusion_model(GGUF), SwapRequest(vram_budget_gb=0.0066, weight_source="pinned"))
+        for _ in range(2):
+            assert torch.equal(latent(model), expected)
+            residency = residency_of(model)
+            copies = residency._streaming.copies()
+            assert residency.choice.source.kind == "pinned" and copies
+            residency.shelf.put_away((), residency._terms.located, copies)
+            residency._streaming.forget_homes()
+            assert all(slot.location(residency._terms.located) is None and slot.shown is slot.home for slot in copies)
+            assert torch.equal(latent(model), expected) and same_bytes(bytes_of(model), whole)
+            del copies
+            with planned_again(residency, 6_400_000):
+                assert torch.equal(latent(model, steps=2), expected), "the plan changes between two passes"
+            assert not residency.shelf.holds_any and same_bytes(bytes_of(model), whole)
+            assert model.partially_unload(model.offload_device, model.loaded_size() // 20) > 0
+            assert not residency.shelf.holds_any and torch.equal(latent(model), expected)
+            assert torch.equal(latent(base.with_lora(model)), adapted)
+            comfy.model_management.unload_all_models()
+            assert same_bytes(bytes_of(model), whole)
+    finally:
+        pack.offload.residency.device_for, compat.pinned_memory_left = own, left
+
+
+@contextlib.contextmanager
+def planned_again(residency, budget: int) -> Iterator[None]:
+    """At the first pass from now on, for another budget."""
+    made, keep = residency.plans_made, pack.offload.residency.replan
+
+    def another(plan, blocks, link, budget_bytes, steps):
+        if residency.plans_made > made:
+            return plan, ""
+        return make_plan(blocks, link, budget, outside_bytes=plan.outside_bytes), "for the test"
+
+    pack.offload.residency.replan = another
+    residency.times.complete = lambda: True
+    try:
+        yield
+        assert residency.plans_made > made, "nothing was planned"
+    finally:
+        pack.offload.residency.replan = keep
+        del residency.times.complete
 
 
 def check_room_is_made_for_others_when_the_file_is_gone() -> None:
