@@ -36,11 +36,11 @@ def measure(work: Path, files: list[str], dynamic: bool, rounds: int) -> dict[st
         load = comfy.sd.load_diffusion_model if file == "bf16" else flux_step.pack_loader("sluice", path)
         models[file] = load(str(path))
     times: dict[str, dict[str, list[float]]] = {}
-    for side in flux_step.LATENT_SIDES:
-        found = times.setdefault(f"{side * 8}px", {file: [] for file in files})
-        for turn in range(1 + rounds * (3 if side == min(flux_step.LATENT_SIDES) else 1)):
+    for side in flux_step.PIXELS:
+        found = times.setdefault(f"{side}px", {file: [] for file in files})
+        for turn in range(1 + rounds * (3 if side == min(flux_step.PIXELS) else 1)):
             for file, model in models.items():
-                _, step, image = flux_step.sample(comfy.sample, torch, model, side)
+                _, step, image = flux_step.sample(comfy.sample, torch, model, side // 8)
                 assert bool(image.isfinite().all())
                 found[file] += [step] * (turn > 0)  # the first loads, binds and chooses
     return times

@@ -3,9 +3,10 @@
     python benchmarks/flux_step.py --work DIR --out results/flux_step.json [--rounds 2] [--free 0] [CASE ...]
 
 A case is FILE:LOADER:DYNAMIC[:FREE], such as bf16:native:1 (core's loader, dynamic VRAM) or q4_k:sluice:0 (the pack's
-node, classic patcher); FILE is bf16, fp8, q8_0 or q4_k, and LOADER+swap is a loader with Block Swap after it. FREE is
-how many GB of VRAM the model is left with, instead of what --free says. Every run is a process of its own, the cases
-take turns (A B A B), and each measures 1024 x 1024 and 256 x 256 pixels. VRAM is taken away by an allocation outside
+node, classic patcher); FILE is bf16, fp8, q8_0 or q4_k, and LOADER+swap is a loader with Block Swap after it;
+sluice-host is the pack's loader where the host manages the memory, under either patcher. FREE is how many GB of VRAM
+the model is left with, instead of what --free says. Every run is a process of its own, the cases take turns (A B A B),
+and each measures 1024 x 1024 and 256 x 256 pixels, or what --pixels says. VRAM is taken away by an allocation outside
 torch.
 
 The checkpoints (11.9 B parameters, FLUX.1-dev's shapes) are written to DIR when they are missing: 26 GB of RAM and
@@ -25,6 +26,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,7 +35,7 @@ import _children
 
 PACK = Path(__file__).resolve().parents[1]
 DEFAULT_CASES = ("bf16:native:1", "q8_0:sluice:0", "q4_k:sluice:0", "q8_0:sluice:1", "q4_k:sluice:1")
-LATENT_SIDES = (128, 32)  # an eighth of the picture's: 1024 and 256 pixels
+PIXELS = (1024, 256)
 STEPS = 8
 
 
@@ -78,7 +80,7 @@ def start_host(dynamic: bool) -> None:
         comfy.memory_management.aimdo_enabled = True
 
 
-def worker(path: Path, loader: str, dynamic: bool, free_gb: float) -> dict:
+def worker(path: Path, loader: str, dynamic: bool, free_gb: float, pixels: Sequence[int], steps: int) -> dict:
     """Load one checkpoint and time sampling steps."""
     start_host(dynamic)
     import comfy.model_management
@@ -96,26 +98,25 @@ def worker(path: Path, loader: str, dynamic: bool, free_gb: float) -> dict:
         assert runtime.cudaMalloc(ctypes.byref(ballast), ctypes.c_size_t(int(available - free_gb * 1e9))) == 0
     start = time.perf_counter()
     model = block_swap(load(str(path)))
-    result: dict = {"load_s": time.perf_counter() - start}
+    result: dict = {"load_s": time.perf_counter() - start, "hardware": hardware()}
     torch.cuda.reset_peak_memory_stats()
-    for side in LATENT_SIDES:
+    for side in pixels:
         for run in (1, 2):
-            first, step, image = sample(comfy.sample, torch, model, side)
+            first, step, image = sample(comfy.sample, torch, model, side // 8, steps)
             assert bool(image.isfinite().all())
-            result[f"{side * 8}px"] = {"first_s": first, "step_ms": step} if run == 2 else {}
-            result.setdefault(f"{side * 8}px_cold_first_s", first)
+            result[f"{side}px"] = {"first_s": first, "step_ms": step} if run == 2 else {}
+            result.setdefault("cold_first_s", first)
     result["peak_reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
     result["peak_allocated_gb"] = torch.cuda.max_memory_allocated() / 1e9
     result["memory_loaded"] = memory(torch)
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
     result["memory_unloaded"] = memory(torch)
-    result["after_eviction_first_s"], *_ = sample(comfy.sample, torch, model, LATENT_SIDES[0])
+    result["after_eviction_first_s"], *_ = sample(comfy.sample, torch, model, pixels[0] // 8, steps)
     for name, module in sys.modules.items():
         if name.endswith("loaders.quant.dispatch") and loader != "native":
             result["dequantisation"] = module.choices()
-        if name.endswith("offload.streamed_patcher") and swap:
-            residency = module.residency_of(model)
+        if name.endswith("offload.streamed_patcher") and (residency := module.residency_of(model)) is not None:
             result["plan"], result["plans_made"] = str(residency.plan), residency.plans_made
             result["source"] = residency.choice.reason if residency.choice else "nothing streams"
     return result
@@ -140,7 +141,8 @@ def pack_swap():
 
 
 def pack_loader(loader: str, path: Path):
-    """The loader node of a pack, found and called as the host does; `sluice`, or NODE@FOLDER for another pack."""
+    """The loader node of a pack, found and called as the host does; `sluice`, or NODE@FOLDER for another pack.
+    `sluice-host` is what the node calls where it leaves the memory to the host."""
     import asyncio
 
     import folder_paths
@@ -148,20 +150,25 @@ def pack_loader(loader: str, path: Path):
     host_nodes = importlib.import_module("nodes")  # the host's, not the pack's
 
     node_id, _, folder = loader.partition("@")
-    if loader == "sluice":
+    if ours := loader in ("sluice", "sluice-host"):
         node_id, folder = "SluiceDiffusionModelLoader", str(PACK)
     for kind in ("diffusion_models", "unet_gguf", "unet"):
         folder_paths.add_model_folder_path(kind, str(path.parent))
-        if loader != "sluice":  # the pack under test has its own list; others widen the host's folders
+        if not ours:  # the pack under test has its own list; others widen the host's folders
             folder_paths.folder_names_and_paths.get(kind, (0, set()))[1].add(".gguf")
     assert asyncio.run(host_nodes.load_custom_node(folder)), f"{folder} does not load"
     node = host_nodes.NODE_CLASS_MAPPINGS[node_id]
+    if loader == "sluice-host":
+        package = node.__module__.partition(".nodes.")[0]
+        load = importlib.import_module(f"{package}.loaders.diffusion").load_diffusion_model
+        arriving = importlib.import_module(f"{package}.offload.attach_arrival").arriving
+        return lambda file: arriving(load(file))
     if hasattr(node, "execute"):
         return lambda file: node.execute(model_name=Path(file).name).args[0]
     return lambda file: getattr(node(), node.FUNCTION)(Path(file).name)[0]
 
 
-def sample(comfy_sample, torch, model, side: int) -> tuple[float, float, Any]:
+def sample(comfy_sample, torch, model, side: int, steps: int | None = None) -> tuple[float, float, Any]:
     """Seconds to the end of the first step, median milliseconds of the later ones, and the latent."""
     torch.manual_seed(0)
     noise = torch.randn(1, 16, side, side)
@@ -174,7 +181,7 @@ def sample(comfy_sample, torch, model, side: int) -> tuple[float, float, Any]:
 
     start = time.perf_counter()
     image = comfy_sample.sample(
-        model, noise, STEPS, 1.0, "euler", "simple", condition, condition, torch.zeros_like(noise),
+        model, noise, steps or STEPS, 1.0, "euler", "simple", condition, condition, torch.zeros_like(noise),
         callback=on_step, disable_pbar=True, seed=1,
     )  # fmt: skip
     return stamps[0] - start, median(b - a for a, b in itertools.pairwise(stamps)) * 1e3, image
@@ -193,7 +200,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoints")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--pixels", type=int, nargs="+", default=PIXELS, help="sides of the pictures (%(default)s)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of a picture (%(default)s)")
     parser.add_argument("--free", type=float, default=0, help="GB of VRAM to leave; 0 leaves all")
+    parser.add_argument("--limit", type=float, default=600, help="seconds for one run of a case (%(default)s)")
     parser.add_argument("--role", choices=("worker", "make"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     _children.end_with_parent()
@@ -201,52 +211,49 @@ def main() -> None:
         return make_checkpoints(args.work, set(args.cases))
     if args.role == "worker":
         kind, loader, dynamic, *free = args.cases[0].split(":")
-        result = worker(checkpoint(args.work, kind), loader, dynamic == "1", float(free[0]) if free else args.free)
+        left = float(free[0]) if free else args.free
+        result = worker(checkpoint(args.work, kind), loader, dynamic == "1", left, args.pixels, args.steps)
         args.out.write_text(json.dumps(result), encoding="utf-8")
         return None
     args.work.mkdir(parents=True, exist_ok=True)
     missing = {case.split(":")[0] for case in args.cases if not checkpoint(args.work, case.split(":")[0]).exists()}
     if missing:
         run_self(["--role", "make", "--work", str(args.work), "--out", "-", *missing])
+    facts: dict[str, Any] = {"free_gb": args.free, "command": " ".join(sys.argv)}
     results: dict[str, list[dict]] = {case: [] for case in args.cases}
     for turn in range(args.rounds):
         for case in args.cases:
             answer = args.work / "answer.json"
             answer.unlink(missing_ok=True)
-            command = [
-                "--role",
-                "worker",
-                "--work",
-                str(args.work),
-                "--out",
-                str(answer),
-                "--free",
-                str(args.free),
-                case,
-            ]
-            done = run_self(command, check=False)
+            command = ["--role", "worker", "--work", str(args.work), "--out", str(answer), "--free", str(args.free)]
+            command += ["--steps", str(args.steps), "--pixels", *map(str, args.pixels), "--", case]
+            try:
+                done = run_self(command, check=False, timeout=args.limit)
+            except subprocess.TimeoutExpired:
+                print(f"{case}: not done within {args.limit:.0f} s", flush=True)
+                continue
             if not answer.exists():
                 print(f"{case}: failed\n{done.stderr[-3000:]}", flush=True)
                 continue
             result = json.loads(answer.read_text(encoding="utf-8"))
+            facts["hardware"] = result.pop("hardware")
             results[case].append(result)
-            steps = "  ".join(f"{s * 8}px {result[f'{s * 8}px']['step_ms']:7.1f} ms" for s in LATENT_SIDES)
+            args.out.write_text(json.dumps({**facts, "results": results}, indent=1), encoding="utf-8")
+            steps = "  ".join(f"{side}px {result[f'{side}px']['step_ms']:7.1f} ms" for side in args.pixels)
             print(
-                f"round {turn} {case:40} load {result['load_s']:5.2f} s  first {result['1024px_cold_first_s']:5.2f} s  "
+                f"round {turn} {case:40} load {result['load_s']:5.2f} s  first {result['cold_first_s']:5.2f} s  "
                 f"after eviction {result['after_eviction_first_s']:5.2f} s  {steps}  "
                 f"peak {result['peak_reserved_gb']:5.2f} GB",
                 *(result[key] for key in ("plan", "source") if key in result),
                 sep="\n    ",
                 flush=True,
             )
-    report = {"hardware": hardware(), "free_gb": args.free, "command": " ".join(sys.argv), "results": results}
-    args.out.write_text(json.dumps(report, indent=1), encoding="utf-8")
     return None
 
 
-def run_self(arguments: list[str], check: bool = True) -> subprocess.CompletedProcess:
+def run_self(arguments: list[str], check: bool = True, timeout: float | None = None) -> subprocess.CompletedProcess:
     command = [sys.executable, str(Path(__file__).resolve()), *arguments]
-    return _children.run(command, check=check, capture_output=not check, text=True)
+    return _children.run(command, check=check, capture_output=not check, text=True, timeout=timeout)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""The pack's streaming against other libraries that run a model larger than VRAM, on one network in one process.
+"""The pack's streaming against other libraries that run a model larger than VRAM, on one network in one run.
 
     python benchmarks/rivals.py --work DIR [--out results/rivals.json] [--layers 19 38] [--share 0.5] [ROW ...]
 
 The network is the transformer of FLUX.1 as diffusers has it, in bf16 with random weights; `--layers` is how many double
 and single blocks (FLUX has 19 and 38; a third of each has the same ratio of bytes to compute, and is set up in a third
 of the time). One picture of 1024 x 1024 with 512 tokens of text. Every row may hold `--share` of the weights in VRAM,
-with room for the activations beside; torch's allocator refuses more. Rows take turns (A B A B):
+with room for the activations beside; torch's allocator refuses more. Rows take turns (A B A B), each time in a process
+of their own, which may take `--limit` seconds:
 
     resident    all in VRAM, without a limit: the floor
     sluice      the plan, ring and page cache of this pack's Block Swap, on diffusers' modules
@@ -14,18 +15,18 @@ with room for the activations beside; torch's allocator refuses more. Rows take 
     mmgp        mmgp with pinned memory and asynchronous transfers; its budget is set to half, because it uses it twice
     flextensor  NVIDIA's FlexTensor in its memory mode, after the passes in which it profiles
 
-The file of the weights is written to DIR when it is missing. diffusers, mmgp (with optimum-quanto and accelerate) and
-flextensor must be installed for their rows; a row that fails says why. Needs an NVIDIA GPU.
+`first result` counts from the network over the mapped file to the end of the first step. The file of the weights is
+written to DIR when it is missing. diffusers must be installed, and for their rows mmgp (with optimum-quanto and
+accelerate) and flextensor; a row that fails says why, and the others go on. Needs an NVIDIA GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
+import subprocess
 import sys
 import time
-import traceback
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import _children
+import numpy as np
 import torch
 
 pack = types.ModuleType("pack")
@@ -237,12 +240,36 @@ def measure(name: str, weights: Weights, budget: int, given: dict[str, torch.Ten
     return {**found, **report}
 
 
-def clean() -> None:
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    if hasattr(torch._C, "_host_emptyCache"):
-        torch._C._host_emptyCache()
+def work(args: argparse.Namespace, weights: Path) -> None:
+    """In a process of its own: write the file, or take one turn of one row."""
+    with torch.inference_mode(False), torch.no_grad():
+        stored = Weights(weights, tuple(args.layers))
+        facts = {
+            "hardware": f"{torch.cuda.get_device_name()}, torch {torch.__version__}",
+            "weights_bytes": stored.nbytes,
+        }
+        if args.role == "row":
+            turn = measure(args.rows[0], stored, int(args.share * stored.nbytes), inputs())
+            np.save(args.work / "result.npy", turn.pop("result").numpy())
+            facts["turn"] = turn
+    args.out.write_text(json.dumps(facts), encoding="utf-8")
+
+
+def run_self(args: argparse.Namespace, role: str, *rows: str) -> dict[str, Any]:
+    """What `work` says in a process of its own; RuntimeError with the end of its output where it says nothing."""
+    answer = args.work / "answer.json"
+    answer.unlink(missing_ok=True)
+    layers = map(str, args.layers)
+    command = [sys.executable, str(Path(__file__).resolve()), "--role", role, "--work", str(args.work), "--out"]
+    command += [str(answer), "--share", str(args.share), "--layers", *layers, "--", *rows]
+    try:
+        done = _children.run(command, capture_output=True, text=True, errors="replace", timeout=args.limit)
+    except subprocess.TimeoutExpired as late:
+        said = late.output.decode(errors="replace") if isinstance(late.output, bytes) else late.output or ""
+        raise RuntimeError(f"not done within {args.limit:.0f} s; {said[-600:]}") from late
+    if not answer.exists():
+        raise RuntimeError(f"exit status {done.returncode}; {(done.stdout + done.stderr)[-1500:]}")
+    return json.loads(answer.read_text(encoding="utf-8"))
 
 
 def main() -> None:
@@ -253,39 +280,48 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs=2, default=(19, 38))
     parser.add_argument("--share", type=float, default=0.5, help="of the weights, that VRAM may hold")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--limit", type=float, default=300, help="seconds for one turn of a row (%(default)s)")
+    parser.add_argument("--role", choices=("make", "row"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    _children.end_with_parent()
+    weights = args.work / f"rivals-{args.layers[0]}-{args.layers[1]}.bin"
+    if args.role:
+        work(args, weights)
+        return
     args.work.mkdir(parents=True, exist_ok=True)
-    with torch.inference_mode(False), torch.no_grad():
-        weights = Weights(args.work / f"rivals-{args.layers[0]}-{args.layers[1]}.bin", tuple(args.layers))
-        budget, given = int(args.share * weights.nbytes), inputs()
-        gpu = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-        print(f"{gpu}; {args.layers} blocks, {weights.nbytes / 1e9:.2f} GB of weights, {budget / 1e9:.2f} GB of VRAM")
-        found: dict[str, dict[str, Any]] = {name: {"turns": []} for name in args.rows}
-        expected = None
-        for _ in range(args.rounds):
-            for name, row in found.items():
-                if "error" in row:
-                    continue
-                try:
-                    turn = measure(name, weights, budget, given)
-                except Exception as error:
-                    row["error"] = f"{type(error).__name__}: {error}"[:600]
-                    print(f"{name:12} failed: {row['error']}\n{traceback.format_exc(limit=-4)}", flush=True)
-                    clean()
-                    continue
-                result = turn.pop("result")
-                expected = result if expected is None else expected
-                turn["difference"] = float((result - expected).norm() / expected.norm())
-                row["turns"].append(turn)
-                clean()
-                print(
-                    f"{name:12} step {median(turn['steps_ms']):8.1f} ms  first result {turn['first_s']:5.1f} s  peak "
-                    f"{turn['peak_gb']:5.2f} GB  difference {turn['difference']:.1e}",
-                    *(turn[key] for key in ("plan", "source") if key in turn), sep="\n    ", flush=True,
-                )  # fmt: skip
+    facts = run_self(args, "make")
+    nbytes = facts["weights_bytes"]
+    said = f"{args.layers} blocks, {nbytes / 1e9:.2f} GB of weights, {args.share * nbytes / 1e9:.2f} GB of VRAM"
+    print(f"{facts['hardware']}; {said}", flush=True)
+    found: dict[str, dict[str, Any]] = {name: {"turns": []} for name in args.rows}
+    expected = None
+    for _ in range(args.rounds):
+        for name, row in found.items():
+            if "error" in row:
+                continue
+            try:
+                turn = run_self(args, "row", name)["turn"]
+            except RuntimeError as error:
+                row["error"] = str(error)
+                print(f"{name:12} failed: {error}", flush=True)
+                continue
+            result = np.load(args.work / "result.npy", allow_pickle=False)
+            expected = result if expected is None else expected
+            turn["difference"] = float(np.linalg.norm(result - expected) / np.linalg.norm(expected))
+            row["turns"].append(turn)
+            print(
+                f"{name:12} step {median(turn['steps_ms']):8.1f} ms  first result {turn['first_s']:5.1f} s  peak "
+                f"{turn['peak_gb']:5.2f} GB  difference {turn['difference']:.1e}",
+                *(turn[key] for key in ("plan", "source") if key in turn), sep="\n    ", flush=True,
+            )  # fmt: skip
+            write(args, facts, found)
+
+
+def write(args: argparse.Namespace, facts: dict[str, Any], found: dict[str, dict[str, Any]]) -> None:
+    """After each turn: a run that is ended early leaves what it has."""
     if args.out:
-        facts = {"hardware": gpu, "layers": args.layers, "weights_bytes": weights.nbytes, "budget_bytes": budget}
-        args.out.write_text(json.dumps({**facts, "rows": found}, indent=1), encoding="utf-8")
+        asked = {"layers": args.layers, "budget_bytes": int(args.share * facts["weights_bytes"])}
+        args.out.write_text(json.dumps({**facts, **asked, "rows": found}, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

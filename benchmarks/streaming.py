@@ -24,10 +24,7 @@ PYTHONPATH must hold ComfyUI and its packages; `dev.py bench` sees to that.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -37,7 +34,9 @@ from statistics import median
 from typing import Any
 
 PACK = Path(__file__).resolve().parents[1]
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+sys.path.append(str(PACK / "benchmarks"))  # last, where it is when the parts run inside the host
+
+import _children  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -53,13 +52,14 @@ class Case:
     warm_up: int = 4  # the plan follows what was measured in those three
 
 
+SHARES = (0.25, 0.5, 1.0)
 POOLED = {"pooled_output": (1, 768), "guidance": 3.5}
 CASES = {
-    "flux": Case("flux", "Q8_0", (1, 16, 128, 128), (1, 256, 4096), POOLED, (0.25, 0.5, 1.0)),
+    "flux": Case("flux", "Q8_0", (1, 16, 128, 128), (1, 256, 4096), POOLED, SHARES),
     "flux-256px": Case("flux", "Q8_0", (1, 16, 32, 32), (1, 256, 4096), POOLED, (1.0,)),
-    "wan-video": Case("wan", "Q4_K", (1, 16, 21, 60, 104), (1, 512, 4096), {}, (1.0,), steps=2, timed=1, warm_up=1),
-    "qwen-image": Case("qwen_image", "Q4_K", (1, 16, 1, 128, 128), (1, 256, 3584), {}, (0.5, 1.0)),
-    "sdxl": Case("sdxl", "Q8_0", (1, 4, 128, 128), (1, 77, 2048), {"pooled_output": (1, 1280)}, (0.25, 0.5, 1.0)),
+    "wan-video": Case("wan", "Q4_K", (1, 16, 21, 60, 104), (1, 512, 4096), {}, SHARES, steps=2, timed=1, warm_up=1),
+    "qwen-image": Case("qwen_image", "Q4_K", (1, 16, 1, 128, 128), (1, 256, 3584), {}, SHARES),
+    "sdxl": Case("sdxl", "Q8_0", (1, 4, 128, 128), (1, 77, 2048), {"pooled_output": (1, 1280)}, SHARES),
 }
 
 
@@ -140,12 +140,6 @@ def start_host() -> None:
     comfy.options.enable_args_parsing()
 
 
-def _die_with_parent() -> None:
-    """In a child: whoever kills the benchmark, even so that it cannot tell anyone, gets the GPU back."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def _host_memory() -> int:
     """Bytes of RAM of this process's own: anonymous and shared, without files' pages."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
@@ -219,6 +213,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--role", choices=("make", "work"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    _children.end_with_parent()
     if args.role:
         case = CASES[args.cases[0]]
         path = args.work / f"{case.shapes}-{case.kind}.gguf"
@@ -236,9 +231,7 @@ def main() -> None:
         for role in roles:
             answer.unlink(missing_ok=True)
             given = ["--role", role, "--work", str(args.work), "--out", str(answer), "--rounds", str(args.rounds), name]
-            done = subprocess.run(
-                [*launcher, *given], capture_output=True, text=True, errors="replace", preexec_fn=_die_with_parent
-            )
+            done = _children.run([*launcher, *given], capture_output=True, text=True, errors="replace")
             if not answer.exists():
                 print(f"{name}: {role} failed\n{(done.stdout + done.stderr)[-3000:]}", flush=True)
                 break

@@ -51,7 +51,8 @@ TEST_FILES: dict[str, dict[str, float]] = {  # seconds by what pytest's -k selec
     # Programs that no GPU has run yet may spoil their process: they have some of their own.
     "test_skinny.py": {"not tiles": 480.0, "tiles": 120.0},
     "test_kernels.py": {"": 90.0},
-    "test_lora_folded.py": {"": 60.0},
+    "test_few_rows_on_gpu.py": {"": 75.0},
+    "test_lora_folded.py": {"": 75.0},
     "test_unified.py": {"": 75.0},
     "test_streamer_cuda.py": {"": 32.0},
 }
