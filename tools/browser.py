@@ -44,6 +44,7 @@ SETTINGS = {
     "Comfy.Notification.ShowVersionUpdates": False,
     "Comfy.Workflow.Persist": False,
     "Comfy.NodeBadge.NodeSourceBadgeMode": "None",
+    "Comfy.RightSidePanel.IsOpen": False,
 }
 # What the frontend itself says in the console, without any pack, on a server that is new and has no network.
 THE_FRONTENDS = (

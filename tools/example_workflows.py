@@ -42,8 +42,9 @@ FILES = {
     "Wan2.2-T2V-A14B-LowNoise-Q4_K_M.gguf": ("diffusion_models", f"{HUB}/QuantStack/Wan2.2-T2V-A14B-GGUF"),
     "sd3.5_large-Q5_1.gguf": ("diffusion_models", f"{HUB}/city96/stable-diffusion-3.5-large-gguf"),
     "sd_xl_base_1.0-Q8_0.gguf": ("diffusion_models", f"{HUB}/stabilityai/stable-diffusion-xl-base-1.0"),
-    "ltx-video-2b-v0.9-Q8_0.gguf": ("diffusion_models", f"{HUB}/city96/LTX-Video-gguf"),
+    "ltx-video-2b-v0.9.5-Q8_0.gguf": ("diffusion_models", f"{HUB}/city96/LTX-Video-0.9.5-gguf"),
     "Hyper-FLUX.1-dev-8steps-lora.safetensors": ("loras", f"{HUB}/ByteDance/Hyper-SD"),
+    "FLUX-dev-lora-add_details.safetensors": ("loras", f"{HUB}/Shakker-Labs/FLUX.1-dev-LoRA-add-details"),
     "Flux2TurboComfyv2.safetensors": ("loras", f"{HUB}/Comfy-Org/flux2-dev"),
     "Qwen-Image-Lightning-8steps-V1.0.safetensors": ("loras", f"{HUB}/lightx2v/Qwen-Image-Lightning"),
     **{
@@ -53,19 +54,25 @@ FILES = {
         )
         for noise in ("high", "low")
     },
+    "pixel_art_style_z_image_turbo.safetensors": ("loras", f"{HUB}/tarn59/pixel_art_style_lora_z_image_turbo"),
+    "SD35-lora-Chinese-Line-Art.safetensors": ("loras", f"{HUB}/Shakker-Labs/SD3.5-LoRA-Chinese-Line-Art"),
+    "sdxl_lightning_8step_lora.safetensors": ("loras", f"{HUB}/ByteDance/SDXL-Lightning"),
+    "sd_xl_offset_example-lora_1.0.safetensors": ("loras", f"{HUB}/stabilityai/stable-diffusion-xl-base-1.0"),
+    "ltxv_095_cakeify_lora.safetensors": ("loras", f"{HUB}/Lightricks/LTX-Video-Cakeify-LoRA"),
     "ae.safetensors": ("vae", f"{HUB}/Comfy-Org/Lumina_Image_2.0_Repackaged"),
     "flux2-vae.safetensors": ("vae", f"{HUB}/Comfy-Org/flux2-dev"),
     "qwen_image_vae.safetensors": ("vae", f"{HUB}/Comfy-Org/Qwen-Image_ComfyUI"),
     "wan_2.1_vae.safetensors": ("vae", f"{HUB}/Comfy-Org/Wan_2.2_ComfyUI_Repackaged"),
     "sd3.5_vae.safetensors": ("vae", f"{HUB}/stabilityai/stable-diffusion-3.5-large"),
     "sdxl_vae.safetensors": ("vae", f"{HUB}/stabilityai/sdxl-vae"),
-    "LTX-Video-VAE-BF16.safetensors": ("vae", f"{HUB}/city96/LTX-Video-gguf"),
+    "ltx-video-2b-v0.9.5.safetensors": ("checkpoints", f"{HUB}/Lightricks/LTX-Video"),
 }
 
 BUDGET = (
     "**Block Swap Config** is the one dial for VRAM: at 0 the weights take what is free, and what does not fit streams "
     "from the file while the model computes. Choose a number of GB to leave more room."
 )
+STACK = "For more LoRAs, one node after the other."
 STAGES = (
     "**Offload Mode** lets the text encoder leave VRAM when the prompt is encoded, and the model before the VAE "
     "decodes, only if the room is needed. Choose `none` to leave it to ComfyUI."
@@ -93,16 +100,19 @@ class Loaded:
         self.models = [graph.add("SluiceDiffusionModelLoader", model_name=name, block_swap=swap) for name in models]
         names = {f"clip_name{number}": name for number, name in enumerate(clips, 1)}
         self.clip: Any = graph.add("SluiceCLIPLoader", type=kind, **names)
-        self.vae: Any = graph.add("VAELoader", vae_name=vae)
+        if FILES[vae][0] == "checkpoints":  # there is no file with the VAE alone
+            self.vae: Any = graph.add("CheckpointLoaderSimple", ckpt_name=vae)[2]
+        else:
+            self.vae = graph.add("VAELoader", vae_name=vae)
 
-    def staged(self, graph: Graph, loras: list[tuple[str, float]] = []) -> list[Any]:  # noqa: B006  (only read)
-        """The models after their LoRAs, if any, and Offload Mode, which CLIP and VAE go through, too."""
-        graph.column("LoRA and stages" if loras else "Stages")
+    def staged(self, graph: Graph, *stacks: list[tuple[str, float]]) -> list[Any]:
+        """The models after their LoRAs, a stack for each, and Offload Mode, which CLIP and VAE go through, too."""
+        graph.column("LoRAs and stages" if stacks else "Stages")
         applied = list(self.models)
-        for place, (name, strength) in enumerate(loras):
-            applied[place] = graph.add(
-                "SluiceLoraLoader", model=applied[place], lora_name=name, strength_model=strength
-            )
+        for place, stack in enumerate(stacks):
+            for name, strength in stack:
+                inputs = {"model": applied[place], "lora_name": name, "strength_model": strength}
+                applied[place] = graph.add("SluiceLoraLoader", **inputs)
         for place, model in enumerate(applied):
             stage = graph.add("SluiceOffloadMode", mode="cond_diffusion", model=model, clip=self.clip, vae=self.vae)
             applied[place], self.clip, self.vae = stage, stage[1], stage[2]
@@ -129,11 +139,14 @@ def video(graph: Graph, samples: Any, vae: Any, prefix: str, fps: float) -> None
 
 def flux1(graph: Graph) -> None:
     names = ["flux1-dev-Q4_K_S.gguf", "clip_l.safetensors", "t5-v1_1-xxl-encoder-Q5_K_M.gguf", "ae.safetensors"]
-    lora = "Hyper-FLUX.1-dev-8steps-lora.safetensors"
-    remark = f"The LoRA makes 8 steps enough. Without it: bypass **Apply LoRA** (Ctrl+B), 20 steps. `{lora}` wants a "
-    note(graph, "FLUX.1 dev", [*names, lora], remark + "strength of 0.125. For more LoRAs, one node after the other.")
+    loras = {"Hyper-FLUX.1-dev-8steps-lora.safetensors": 0.125, "FLUX-dev-lora-add_details.safetensors": 0.6}
+    remark = (
+        "The first LoRA makes 8 steps enough, at a strength of 0.125. Without it: bypass its **Apply LoRA** (Ctrl+B), "
+        f"20 steps. The second adds details. {STACK}"
+    )
+    note(graph, "FLUX.1 dev", [*names, *loras], remark)
     loaded = Loaded(graph, names[:1], "flux", names[1:3], names[3])
-    (model,) = loaded.staged(graph, [(lora, 0.125)])
+    (model,) = loaded.staged(graph, list(loras.items()))
     positive, negative = texts(graph, loaded.clip, "a lighthouse on a cliff at dawn, film photograph, soft fog")
     guided = graph.add("FluxGuidance", conditioning=positive, guidance=3.5)
     latent = graph.add("EmptySD3LatentImage", width=1024, height=1024)
@@ -194,10 +207,13 @@ def qwen_image(graph: Graph) -> None:
 
 def z_image(graph: Graph) -> None:
     names = ["z_image_turbo-Q4_K_M.gguf", "Qwen3-4B-Q4_K_M.gguf", "ae.safetensors"]
-    note(graph, "Z-Image Turbo", names)
+    lora = "pixel_art_style_z_image_turbo.safetensors"
+    remark = f"The LoRA listens to *Pixel art style*. Without it: bypass **Apply LoRA** (Ctrl+B). {STACK}"
+    note(graph, "Z-Image Turbo", [*names, lora], remark)
     loaded = Loaded(graph, names[:1], "lumina2", names[1:2], names[2])
-    (model,) = loaded.staged(graph)
-    positive, negative = texts(graph, loaded.clip, "portrait of a fisherman in a harbour, warm evening light, close-up")
+    (model,) = loaded.staged(graph, [(lora, 1.0)])
+    text = "Pixel art style. A fisherman in a harbour, warm evening light, close-up"
+    positive, negative = texts(graph, loaded.clip, text)
     latent = graph.add("EmptySD3LatentImage", width=1024, height=1024)
     graph.column("Sampling")
     shifted = graph.add("ModelSamplingAuraFlow", model=model, shift=3.0)
@@ -224,7 +240,7 @@ def wan22(graph: Graph) -> None:
         "at step 10.",
     )
     loaded = Loaded(graph, models, "wan", [clip], vae)
-    experts = loaded.staged(graph, [(lora, 1.0) for lora in loras])
+    experts = loaded.staged(graph, *([(lora, 1.0)] for lora in loras))
     positive, negative = texts(
         graph,
         loaded.clip,
@@ -249,11 +265,13 @@ def wan22(graph: Graph) -> None:
 def sd35(graph: Graph) -> None:
     clips = ["clip_l.safetensors", "clip_g.safetensors", "t5-v1_1-xxl-encoder-Q5_K_M.gguf"]
     model, vae = "sd3.5_large-Q5_1.gguf", "sd3.5_vae.safetensors"
+    lora = "SD35-lora-Chinese-Line-Art.safetensors"
     remark = f"`{vae}` is the repository's `vae/diffusion_pytorch_model.safetensors`, saved under this name."
-    note(graph, "Stable Diffusion 3.5 Large", [model, *clips, vae], remark)
+    style = f"The LoRA listens to *Chinese line art*. Without it: bypass **Apply LoRA** (Ctrl+B). {STACK}"
+    note(graph, "Stable Diffusion 3.5 Large", [model, *clips, vae, lora], remark, style)
     loaded = Loaded(graph, [model], "sd3", clips, vae)
-    (staged,) = loaded.staged(graph)
-    positive, negative = texts(graph, loaded.clip, "a glass bottle with a galaxy inside, on a kitchen table", "")
+    (staged,) = loaded.staged(graph, [(lora, 1.0)])
+    positive, negative = texts(graph, loaded.clip, "Chinese line art, two cranes between reeds at a lake", "")
     latent = graph.add("EmptySD3LatentImage", width=1024, height=1024)
     graph.column("Sampling")
     samples = graph.add(
@@ -267,14 +285,19 @@ def sd35(graph: Graph) -> None:
 def sdxl(graph: Graph) -> None:
     clips = ["clip_l.safetensors", "clip_g.safetensors"]
     model, vae = "sd_xl_base_1.0-Q8_0.gguf", "sdxl_vae.safetensors"
+    loras = {"sdxl_lightning_8step_lora.safetensors": 1.0, "sd_xl_offset_example-lora_1.0.safetensors": 0.3}
     remark = (
         f"`{model}` you make yourself: **Load Checkpoint** with `sd_xl_base_1.0.safetensors`, its MODEL into **Save "
         "GGUF**, type Q8_0, and rename the file. Any SDXL checkpoint will do; take its CLIP and VAE where it has its "
         "own."
     )
-    note(graph, "SDXL", [model, *clips, vae], remark)
+    stack = (
+        "The first LoRA makes 8 steps without guidance enough. Without it: bypass its **Apply LoRA** (Ctrl+B), 25 "
+        f"steps, cfg 7. The second makes dark darker and light lighter. {STACK}"
+    )
+    note(graph, "SDXL", [model, *clips, vae, *loras], remark, stack)
     loaded = Loaded(graph, [model], "sdxl", clips, vae)
-    (staged,) = loaded.staged(graph)
+    (staged,) = loaded.staged(graph, list(loras.items()))
     positive, negative = texts(
         graph, loaded.clip, "an old tram in a snowy street, evening, photograph", "text, watermark"
     )
@@ -282,24 +305,26 @@ def sdxl(graph: Graph) -> None:
     graph.column("Sampling")
     samples = graph.add(
         "KSampler",
-        **{"model": staged, "positive": positive, "negative": negative, "latent_image": latent, "seed": 1, "steps": 25},
-        **{"cfg": 7.0, "sampler_name": "dpmpp_2m", "scheduler": "karras"},
+        **{"model": staged, "positive": positive, "negative": negative, "latent_image": latent, "seed": 1, "steps": 8},
+        **{"cfg": 1.0, "sampler_name": "euler", "scheduler": "sgm_uniform"},
     )
     picture(graph, samples, loaded.vae, "sdxl")
 
 
 def ltx(graph: Graph) -> None:
-    model, clip = "ltx-video-2b-v0.9-Q8_0.gguf", "t5-v1_1-xxl-encoder-Q5_K_M.gguf"
-    vae = "LTX-Video-VAE-BF16.safetensors"
-    note(graph, "LTX-Video 2B", [model, clip, vae], "This model needs long prompts: a short one gives a poor video.")
+    model, clip = "ltx-video-2b-v0.9.5-Q8_0.gguf", "t5-v1_1-xxl-encoder-Q5_K_M.gguf"
+    lora, vae = "ltxv_095_cakeify_lora.safetensors", "ltx-video-2b-v0.9.5.safetensors"
+    prompts = "This model needs long prompts: a short one gives a poor video. `CAKEIFY` is what the LoRA listens to."
+    only_vae = "Of the checkpoint only the VAE is used: it is not to be had alone."
+    note(graph, "LTX-Video 2B", [model, clip, vae, lora], prompts, only_vae, STACK)
     loaded = Loaded(graph, [model], "ltxv", [clip], vae)
-    (staged,) = loaded.staged(graph)
+    (staged,) = loaded.staged(graph, [(lora, 1.0)])
     positive, negative = texts(
         graph,
         loaded.clip,
-        "A woman with grey hair walks along a beach in the early morning. She wears a dark green coat, and the wind "
-        "moves her scarf. The camera follows her from the side at walking pace. Small waves run up the sand and leave "
-        "foam. The light is low and golden, and the scene looks like real footage.",
+        "CAKEIFY a person using a knife to cut a cake shaped like a rubber boot. The boot is dark green and stands on "
+        "a wooden table beside a window. The camera is close and does not move. The knife goes down slowly, and a "
+        "slice of sponge and white cream falls to the side. The light is soft, and the scene looks like real footage.",
         "low quality, worst quality, deformed, distorted, motion smear, motion artifacts",
     )
     latent = graph.add("EmptyLTXVLatentVideo", width=768, height=512, length=97)

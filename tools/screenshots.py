@@ -1,17 +1,21 @@
-"""The pictures of the live view in docs/: `python dev.py screenshots`.
+"""The pictures of the demo and of the live view in docs/: `python dev.py screenshots`.
 
 The demo and a model of FLUX.1's shape, one sixth as wide and with random weights, which streams within a budget of
-half its size, run in a real ComfyUI; the pictures are what a browser shows meanwhile.
+half its size, run in a real ComfyUI; the pictures are what a browser shows meanwhile. A picture carries a stamp of what
+it shows, and a test fails when that has changed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from . import demo, workflow
+from . import demo, locales, workflow
 from .browser import Tab, browser
 from .host import ROOT, Host, find
 from .server import Server
@@ -20,6 +24,10 @@ DOCS = ROOT / "docs"
 AT_MOST = 150_000  # bytes of a picture
 COLOURS = 256
 SIZE = (1360, 860)
+DEMO_SIZE = (1360, 690)
+DEMO_LORA = ROOT / "example_workflows" / "sluice_demo_lora.json"
+CSS = ROOT / "web" / "css" / "live_view.css"
+STAMP = "shows"  # the PNGs' field, as of the other pictures (pictures.py)
 PANEL_HEIGHT = 1180
 THEMES: tuple[Literal["dark", "light"], ...] = ("dark", "light")
 
@@ -43,10 +51,11 @@ torch.manual_seed(0)
 shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
 save_file({name: torch.randn(shape, dtype=torch.bfloat16) * 0.02 for name, shape in shapes.items()}, sys.argv[1])
 """
-# Move the graph to the right of the panel.
+# Move the graph to the right of the panel, or of the sidebar.
 BESIDE_THE_PANEL = """() => {
     const { ds, canvas } = app.canvas;
-    const [left, top] = [document.querySelector(".sluice-live").getBoundingClientRect().right + 40, 130];
+    const panel = document.querySelector(".sluice-live");
+    const [left, top] = [panel ? panel.getBoundingClientRect().right + 40 : 90, 130];
     const [right, bottom] = [canvas.clientWidth - 30, canvas.clientHeight - 90];
     const nodes = app.graph._nodes.map((node) => [...node.pos, node.pos[0] + node.size[0], node.pos[1] + node.size[1]]);
     const [x, y] = [0, 1].map((i) => Math.min(...nodes.map((box) => box[i])));
@@ -58,6 +67,7 @@ BESIDE_THE_PANEL = """() => {
 }"""
 SAMPLED = "(step) => document.querySelector('.sl-progress')?.value >= step"
 OPEN = ".sluice-tab-button"
+NOTHING_OVER_THE_GRAPH = {"Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False}
 
 
 def run() -> None:
@@ -67,11 +77,13 @@ def run() -> None:
     with tempfile.TemporaryDirectory() as base, Server(host, Path(base), "--cpu") as server, browser() as running:
         demo.copy_models(server.models_dir)
         make_wide(host, server.models_dir / "diffusion_models")
-        pictures = {"live_view.png": demo_in_the_window(running, server)}
+        pictures = {"demo_workflow.png": demo_in_the_window(running, server)}
+        pictures["live_view.png"] = demo_with_the_panel(running, server)
         panels = [panel(running, server, theme) for theme in THEMES]
         pictures["live_view_streaming.png"] = beside(panels)
+        stamps = stamps_of(server.object_info())
     for name, png in pictures.items():
-        small = reduced(png)
+        small = reduced(png, stamps[name])
         if len(small) > AT_MOST:
             raise ValueError(f"{name} has {len(small)} bytes, more than {AT_MOST}")
         (DOCS / name).write_bytes(small)
@@ -86,16 +98,46 @@ def make_wide(host: Host, folder: Path) -> None:
     plain.unlink()
 
 
+def stamps_of(nodes: Mapping[str, Any]) -> dict[str, str]:
+    """What each picture shows, in short: workflows, their nodes (of `/object_info`), the panel's words and looks."""
+    words = json.dumps(locales.load(locales.SOURCE, locales.MAIN_FILE)[locales.OURS]).encode()
+    looks = words + CSS.read_bytes()
+    shown = {
+        "demo_workflow.png": _drawn(demo.WORKFLOW, nodes),
+        "live_view.png": _drawn(DEMO_LORA, nodes) + looks,
+        "live_view_streaming.png": looks,
+    }
+    return {name: hashlib.sha256(content).hexdigest()[:16] for name, content in shown.items()}
+
+
+def _drawn(path: Path, nodes: Mapping[str, Any]) -> bytes:
+    """A workflow, and the names of our nodes' inputs, which the frontend draws as the server has them."""
+    ours = sorted({node["type"] for node in workflow.load(path)["nodes"]} & locales.ours(nodes).keys())
+    return path.read_bytes() + json.dumps([nodes[key]["input_order"] for key in ours]).encode()
+
+
 def demo_in_the_window(running: Any, server: Server) -> bytes:
-    """The frontend with the demo in it, after a picture was drawn with a LoRA."""
-    tab = Tab.open(running, server, width=SIZE[0], height=SIZE[1], settings={"Comfy.Minimap.Visible": False})
-    tab.drop(ROOT / "example_workflows" / "sluice_demo_lora.json")
-    tab.page.locator(OPEN).click()
-    tab.page.wait_for_selector(".sluice-live h2")
+    """The frontend with the demo in it, after a picture was drawn."""
+    return _drawn_in(running, server, demo.WORKFLOW, DEMO_SIZE, with_panel=False)
+
+
+def demo_with_the_panel(running: Any, server: Server) -> bytes:
+    """The same with a LoRA, and the panel beside it."""
+    return _drawn_in(running, server, DEMO_LORA, SIZE, with_panel=True)
+
+
+def _drawn_in(running: Any, server: Server, file: Path, size: tuple[int, int], *, with_panel: bool) -> bytes:
+    server.post("/free", {"unload_models": True, "free_memory": True})  # that every stage is to be seen
+    tab = Tab.open(running, server, width=size[0], height=size[1], settings=NOTHING_OVER_THE_GRAPH)
+    tab.drop(file)
+    if with_panel:
+        tab.page.locator(OPEN).click()
+        tab.page.wait_for_selector(".sluice-live h2")
     tab.page.evaluate(BESIDE_THE_PANEL)
     tab.page.keyboard.press("Control+Enter")
     tab.page.wait_for_function("app.graph._nodes.some((node) => node.imgs?.length)", timeout=120_000)
-    tab.page.wait_for_timeout(5000)  # until the frontend has told that the job is done
+    tab.page.wait_for_timeout(5000)  # in which the frontend tells that the job is done, and takes that back
+    tab.page.get_by_text("Job completed").wait_for(state="hidden")
     png = tab.page.screenshot()
     tab.close()
     return png
@@ -136,12 +178,13 @@ def beside(pictures: list[bytes]) -> bytes:
     return data.getvalue()
 
 
-def reduced(png: bytes) -> bytes:
+def reduced(png: bytes, stamp: str) -> bytes:
     """The same with few colours, which a frontend has anyway."""
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
-    data = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(
-        data, "png", optimize=True
-    )
+    data, said = io.BytesIO(), PngInfo()
+    said.add_text(STAMP, stamp)
+    small = Image.open(io.BytesIO(png)).convert("RGB").quantize(COLOURS, kmeans=1, dither=Image.Dither.NONE)
+    small.save(data, "png", optimize=True, pnginfo=said)
     return data.getvalue()

@@ -123,7 +123,8 @@ def test_the_server_takes_it_and_stops_only_at_the_empty_files(recipe: Callable,
     with pytest.raises(PromptFailed) as failed:
         stocked_server.queue(prompt)
     assert re.match(
-        r"the workflow failed in (SluiceDiffusionModelLoader|SluiceCLIPLoader|VAELoader)", str(failed.value)
+        r"the workflow failed in (SluiceDiffusionModelLoader|SluiceCLIPLoader|VAELoader|CheckpointLoaderSimple)",
+        str(failed.value),
     )
 
 
@@ -134,6 +135,24 @@ def test_the_note_says_where_each_model_is_published(recipe: Callable) -> None:
     named = {value for node in saved["nodes"] for value in node["widgets_values"] if value in example_workflows.FILES}
     assert len(named) >= 3
     assert {name for name in named if f"- [{name}](https://" not in note} == set()
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=example_workflows.name_of)
+def test_block_swap_loras_and_stages_are_in_place(recipe: Callable) -> None:
+    """Every model goes from its loader, which has a budget, through its LoRAs to its Offload Mode."""
+    graph = workflow.to_api(workflow.load(example_workflows.FOLDER / f"{example_workflows.name_of(recipe)}.json"))
+    stages = [node for node in graph.values() if node["class_type"] == "SluiceOffloadMode"]
+    models = sum(node["class_type"] == "SluiceDiffusionModelLoader" for node in graph.values())
+    stacks = []
+    for stage in stages:
+        node, loras = graph[stage["inputs"]["model"][0]], 0
+        while node["class_type"] == "SluiceLoraLoader":
+            node, loras = graph[node["inputs"]["model"][0]], loras + 1
+        assert node["class_type"] == "SluiceDiffusionModelLoader"
+        assert graph[node["inputs"]["block_swap"][0]]["class_type"] == "SluiceBlockSwapConfig"
+        stacks.append(loras)
+    assert len(stages) == models == (2 if recipe is example_workflows.wan22 else 1)
+    assert min(stacks) >= (2 if recipe in (example_workflows.flux1, example_workflows.sdxl) else 1)
 
 
 def test_every_placeholder_is_used() -> None:

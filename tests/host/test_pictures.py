@@ -1,4 +1,5 @@
-"""Each node has a picture in its help and each workflow one beside it: small, of what is there now, and served."""
+"""Each node has a picture in its help, each workflow one beside it, README some of the demo and the live view: small,
+of what is there now, and served."""
 
 from __future__ import annotations
 
@@ -8,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pack.tools import locales, pictures
+from pack.tools import locales, pictures, screenshots
+from pack.tools.browser import browser
 from pack.tools.server import PACK_NAME, Server
-from PIL import Image
+from PIL import Image, ImageChops, ImageStat
 
 WORKFLOWS = sorted(pictures.WORKFLOWS.glob("*.json"))
 HOW = "run tools/pictures.py with the Python of .venv"
@@ -54,6 +56,29 @@ def test_templates_show_each_workflow_as_it_is_now(path: Path, server: Server) -
     assert path.stem in server.get("/workflow_templates")[PACK_NAME]
     check(fetch(server, f"api/workflow_templates/{PACK_NAME}/{path.stem}.jpg"), "JPEG")
     assert pictures.stamp_in(path.with_suffix(".jpg")) == pictures.stamp_of_workflow(path), HOW
+
+
+def test_readme_shows_the_demo_and_the_live_view_as_they_are_now(server: Server) -> None:
+    stamps = screenshots.stamps_of(server.object_info())
+    assert {path.name for path in screenshots.DOCS.glob("*.png")} == set(stamps)
+    found = {name: pictures.stamp_in(screenshots.DOCS / name) for name in stamps}
+    assert found == stamps, "run python dev.py screenshots, while the machine does nothing else"
+
+
+@pytest.mark.browser
+def test_the_demo_still_looks_as_in_the_readme(demo_server: Server) -> None:
+    """Taken anew, and compared with the kept one: a few shades of antialiased text may differ."""
+    with browser() as running:
+        taken = Image.open(io.BytesIO(screenshots.demo_in_the_window(running, demo_server))).convert("RGB")
+    kept = Image.open(screenshots.DOCS / "demo_workflow.png").convert("RGB")
+    assert taken.size == kept.size
+    assert difference(taken, kept) < 3
+    assert difference(ImageChops.offset(taken, 25), kept) > 3  # the measure sees what is elsewhere
+
+
+def difference(one: Image.Image, other: Image.Image) -> float:
+    """The mean over all pixels, of 255."""
+    return sum(ImageStat.Stat(ImageChops.difference(one, other)).mean) / 3
 
 
 def test_a_stamp_follows_what_is_shown_and_not_which_files_there_are() -> None:

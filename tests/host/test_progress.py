@@ -12,14 +12,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from host.listener import Listener
 from host.test_save_gguf import saving
 from host.wide_models import write_wide_model
 from pack.tools import demo, host
 from pack.tools.server import Server, Workflow
+from safetensors.torch import load_file, save_file
 
 NAME, OTHER, BLOCKS = "wide.gguf", "other.gguf", 6  # 0.13 GB
-SAMPLER, STEPS, SAVER = "6", 1, "3"
+LORA, RANK = "wide.safetensors", 2048  # 0.1 GB
+SAMPLER, STEPS, SAVER, LORA_LOADER = "6", 1, "3", "30"
 SLOW_DISK = """
 import os, time
 
@@ -50,8 +53,21 @@ def slow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = base / "models" / "diffusion_models"
     for name in (NAME, OTHER):
         write_wide_model(folder / name, folder / demo.GGUF_FILES["Q8_0"], BLOCKS)
+    write_wide_lora(base / "models" / "loras" / LORA, base / "models" / "loras" / "demo_lora.safetensors")
     with Server(found, base, "--cpu") as running:
         yield running
+
+
+def write_wide_lora(path: Path, narrow: Path) -> None:
+    """The same LoRA with more ranks, which are zero."""
+    wide = {}
+    for name, tensor in load_file(narrow).items():
+        if tensor.dim() == 2:
+            rank = tensor.shape.index(min(tensor.shape))
+            wider = [RANK if axis == rank else length for axis, length in enumerate(tensor.shape)]
+            tensor = torch.zeros(wider, dtype=tensor.dtype)
+        wide[name] = tensor
+    save_file(wide, path)
 
 
 @pytest.fixture
@@ -69,6 +85,7 @@ def prompt(model: str, seed: int) -> Workflow:
 
 def forget(path: Path) -> None:
     with path.open("rb") as file:
+        os.fsync(file.fileno())  # what is not written yet stays cached
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
@@ -107,6 +124,27 @@ def test_reading_for_longer_is_told_in_words(slow_server: Server, listener: List
     assert all(text.startswith(f"reading {OTHER}: ") for text in texts)
     assert re.fullmatch(r".*: [\d.]+ MB of 1\d\d\.\d MB, [\d.]+ MB/s, \d+ s left", texts[0]), texts
     assert re.fullmatch(r".*: 1\d\d\.\d MB in [\d.]+ s \([\d.]+ MB/s\)", texts[-1]), texts
+
+
+def test_reading_a_cold_lora_shows_and_is_cancelled(slow_server: Server, listener: Listener) -> None:
+    file = slow_server.models_dir / "loras" / LORA
+    workflow = prompt(demo.GGUF_FILES["Q8_0"], seed=5)
+    inputs = {"lora_name": LORA, "strength_model": 1.0, "model": ["1", 0]}
+    workflow[LORA_LOADER] = {"class_type": "SluiceLoraLoader", "inputs": inputs}
+    workflow[SAMPLER]["inputs"]["model"] = [LORA_LOADER, 0]
+    forget(file)
+    first = listener.queue(workflow)
+    listener.wait_for(lambda kind, data: kind == "progress" and data["max"] > 1000)
+    slow_server.post("/interrupt", {})
+    assert listener.wait_for_end(first) == "execution_interrupted"
+    (*_, (value, total)) = of_bytes(listener.progress(first, LORA_LOADER))
+    assert 0 < value < total <= file.stat().st_size, "it was read to its end all the same"
+
+    second = listener.queue(workflow)
+    assert listener.wait_for_end(second) == "execution_success"
+    rest = of_bytes(listener.progress(second, LORA_LOADER))
+    assert rest and all(most < total for _, most in rest), "what was read is not read again"
+    assert rest[-1][0] == rest[-1][1], "the bar ends full"
 
 
 def test_saving_shows(slow_server: Server, listener: Listener) -> None:
