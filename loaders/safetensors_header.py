@@ -11,12 +11,14 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import Any, BinaryIO, TypeGuard
 
 import torch
 
 MAX_HEADER_BYTES = 100 << 20  # the library's own limit
+LARGEST = 1 << 62  # elements; torch multiplies sizes, whether one of them is 0 or not
 
 DTYPES = {
     "F64": torch.float64,
@@ -71,8 +73,12 @@ def parse(file: BinaryIO, size: int) -> tuple[list[Entry], dict[str, str]]:
         raise MalformedError("its header is no JSON object")
     metadata = header.pop("__metadata__", None)
     entries = [_entry(name, value, 8 + length, size) for name, value in header.items()]
+    entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
+    for one, other in pairwise(entry for entry in entries if entry.nbytes):
+        if one.offset + one.nbytes > other.offset:  # a small file could ask for any amount of memory
+            raise MalformedError(f"tensors {one.name[:80]!r} and {other.name[:80]!r} are said to lie at the same place")
     strings = metadata.items() if isinstance(metadata, dict) else ()
-    return sorted(entries, key=lambda e: e.offset), {str(k): v for k, v in strings if isinstance(v, str)}
+    return entries, {str(k): v for k, v in strings if isinstance(v, str)}
 
 
 def _entry(name: str, value: Any, start: int, size: int) -> Entry:
@@ -82,6 +88,8 @@ def _entry(name: str, value: Any, start: int, size: int) -> Entry:
         raise UnknownTypeError(f"tensor {name[:80]!r} is of type {str(fields.get('dtype'))[:20]!r}, which is not known")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise MalformedError(f"tensor {name[:80]!r} has no proper shape or place")
+    if prod(max(n, 1) for n in shape) >= LARGEST:
+        raise MalformedError(f"tensor {name[:80]!r} has a shape that no tensor has")
     begin, end = offsets
     nbytes = prod(shape) * dtype.itemsize
     if end - begin != nbytes or start + end > size:

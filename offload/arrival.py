@@ -65,20 +65,6 @@ class OnTheWay:
             crossing.close()
 
 
-def bring(
-    slots: Sequence[Slot],
-    device: Device,
-    dtype_of: DtypeOf,
-    located: Located,
-    may_pin: bool,
-    watch: Watch = unwatched,
-    kept: KeptPages | None = None,
-) -> list[torch.nn.Parameter]:
-    """The weights of `slots` as parameters on `device`, complete when this returns; where they are now is not changed.
-    With arguments and errors of `send`."""
-    return send(slots, device, dtype_of, located, may_pin, watch, kept).wait()
-
-
 def send(
     slots: Sequence[Slot],
     device: Device,

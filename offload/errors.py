@@ -34,6 +34,11 @@ class ArenaError(StreamError):
         self.nbytes = nbytes
 
 
+def first_line(error: BaseException) -> str:
+    """What torch says, without its advice."""
+    return str(error).split("\n")[0]
+
+
 class RefusedError(Exception):
     """A rung of the source ladder cannot be used here; its text is the reason. Normal, and answered by the next."""
 

@@ -42,11 +42,16 @@ class Placed(dict[Slot, torch.nn.Parameter]):
         """Until all that was sent has arrived.
 
         Raises:
-            SourceError: it is not what was loaded.
+            SourceError: it is not what was loaded; nothing is there then.
         """
         way, self._on_the_way = self._on_the_way, None
-        if way is not None:
+        if way is None:
+            return
+        try:
             way.wait()
+        except BaseException:
+            self.go_home(list(self))  # else the next run would take it for complete
+            raise
 
     def adopt(self, slots: Iterable[Slot]) -> None:
         """What others have put in the place of some of `slots` is what lies there now."""

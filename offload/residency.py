@@ -26,7 +26,7 @@ from .block_times import BlockTimes
 from .blocks import Block
 from .costs import SMALL_BYTES, BlockCost, Link, SwapRequest
 from .device import Device, device_for
-from .errors import ArenaError
+from .errors import ArenaError, first_line
 from .hooks import Following
 from .link import link_of
 from .placed import Placed
@@ -152,7 +152,7 @@ class Residency:
                     raise
                 budget = int(min(budget, self.plan.vram_bytes if self.plan else budget) * LESS)
                 self.plan = None
-                log.warning("the GPU has less room than it said (%s); planning again for less", _first_line(error))
+                log.warning("the GPU has less room than it said (%s); planning again for less", first_line(error))
         raise AssertionError("unreachable")
 
     def foresee(self, device: torch.device, terms: Terms) -> Foreseen | None:
@@ -226,11 +226,15 @@ class Residency:
             return
         if plan is before:
             return
-        self._fetch_homes()
+        try:
+            self._fetch_homes()
+        except Exception as error:  # the plan that there is needs no file
+            log.warning("a better plan needs the model's file: %s; the plan before stays", error)
+            return
         try:
             self._carry_out(plan, why, self._terms)
         except (torch.OutOfMemoryError, ArenaError) as error:
-            log.warning("the GPU has no room for a better plan (%s); the plan before stays", _first_line(error))
+            log.warning("the GPU has no room for a better plan (%s); the plan before stays", first_line(error))
             self._carry_out(before, "back to the plan before", self._terms)
         self.settle()
         self.close_file()
@@ -393,7 +397,3 @@ class Residency:
 
 def _is_table(slot: Slot) -> bool:
     return all(isinstance(module, torch.nn.Embedding) for module, _ in slot.owners)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).split("\n")[0]

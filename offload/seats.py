@@ -20,7 +20,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ..loaders import compat
 from ..loaders.sizes import size
-from .errors import ArenaError
+from .errors import ArenaError, first_line
 from .events import record
 from .kept import KEY as KEPT
 from .kept import Limits, kept_of, leaving_for_a_stage, relieve, settle
@@ -260,7 +260,7 @@ def loaded(patcher: ModelPatcher, load: Callable[[], Any]) -> Any:
     except Exception as error:
         if not _is_no_room(error):
             raise
-        first = str(error).split("\n")[0]
+        first = first_line(error)
     others = [entry.model for entry in comfy.model_management.current_loaded_models if entry.model is not None]
     for other in others:
         if not other.is_clone(patcher) and other.load_device == patcher.load_device:
@@ -290,7 +290,7 @@ def _what_holds_memory(patcher: ModelPatcher, error: Exception) -> str:
         size(function(device))
         for function in (comfy.model_management.get_total_memory, comfy.model_management.get_free_memory)
     )
-    cause = str(error).split("\n")[0]
+    cause = first_line(error)
     return (
         f"Offload Mode: {_name_of(patcher)} ({size(patcher.model_size())}) does not fit on {device}, also after "
         f"all other models were unloaded ({cause}). {free} of {total} are free; loaded are "

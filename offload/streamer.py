@@ -31,7 +31,7 @@ from types import MappingProxyType
 import torch
 
 from .device import Device, Event, Stream
-from .errors import ArenaError, SourceError, StreamError
+from .errors import ArenaError, SourceError, StreamError, first_line
 from .host_memory import Source
 from .plan import StreamPlan
 
@@ -64,7 +64,7 @@ class BlockStreamer:
         try:
             self._arena: torch.Tensor | None = device.allocate(plan.ring_bytes)
         except (RuntimeError, MemoryError) as error:
-            raise ArenaError(plan.ring_bytes, str(error).split("\n")[0]) from error
+            raise ArenaError(plan.ring_bytes, first_line(error)) from error
         self._places = [self._arena[copy.offset : copy.offset + copy.nbytes] for copy in self._copies]
         self._views: list[Mapping[int, torch.Tensor]] = [
             MappingProxyType({self._copies[k].tensor: self._places[k] for k in numbers}) for numbers in self._of_block

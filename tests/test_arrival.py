@@ -13,7 +13,7 @@ import torch
 from fake_device import POLICIES, FakeDevice, NotingRegistrar
 from pack.loaders.read_ahead import Told
 from pack.offload import arrival, stretches
-from pack.offload.arrival import bring
+from pack.offload.arrival import send
 from pack.offload.errors import RefusedError, SourceError
 from pack.offload.files import StoredFile, Weight
 from pack.offload.slots import Slot
@@ -123,7 +123,7 @@ class Model:
 
     def bring(self, gpu: Gpu, may_pin: bool = True, canceller: Canceller | None = None) -> list[torch.Tensor]:
         watch = (canceller or Canceller(1 << 30)).watch
-        return bring(self.slots, gpu, lambda slot: None, self.located, may_pin, watch)
+        return send(self.slots, gpu, lambda slot: None, self.located, may_pin, watch).wait()
 
     def check(self, arrived: list[torch.Tensor]) -> None:
         assert len(arrived) == len(self.slots)
@@ -247,7 +247,8 @@ def test_a_weight_that_changes_its_type_is_converted(tmp_path: Path) -> None:
     values = torch.randn(3 * PAGE, dtype=torch.float32)
     path.write_bytes(values.numpy().tobytes())
     slot, stored = Slot(parameter(values)), StoredFile.of(path)
-    (there,) = bring([slot], Gpu("late", 0, Registrar()), lambda one: torch.bfloat16, lambda tensor: (stored, 0), True)
+    gpu = Gpu("late", 0, Registrar())
+    (there,) = send([slot], gpu, lambda one: torch.bfloat16, lambda tensor: (stored, 0), True).wait()
     assert there.dtype is torch.bfloat16 and torch.equal(there, values.bfloat16())
 
 

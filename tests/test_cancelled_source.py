@@ -11,7 +11,7 @@ import pytest
 import torch
 from fake_device import NotingRegistrar
 from pack.loaders.read_ahead import Told
-from pack.offload.arrival import bring
+from pack.offload.arrival import send
 from pack.offload.device import HostDevice
 from pack.offload.files import Weight, WeightFile
 from pack.offload.slots import Slot
@@ -107,8 +107,8 @@ def test_bringing_weights_is_told_and_cancelled(
     slots = [Slot(parameter(torch.full((PAGE,), float(number)))) for number in range(4)]
     arguments = (slots, device, lambda slot: None, lambda tensor: None, True)
     with pytest.raises(Cancelled):
-        bring(*arguments, watch=Canceller(2).watch)
+        send(*arguments, watch=Canceller(2).watch)
     patient = Canceller(100)
-    arrived = bring(*arguments, watch=patient.watch)
+    arrived = send(*arguments, watch=patient.watch).wait()
     assert patient.begun == ["copying weights"] and not patient.unfinished
     assert [float(one[0]) for one in arrived] == [0, 1, 2, 3]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from fake_device import POLICIES, NotingRegistrar
 from pack.offload import arrival, kept, page_cache, stretches
-from pack.offload.arrival import bring
+from pack.offload.arrival import send
 from pack.offload.errors import SourceError
 from pack.offload.kept import KeptPages, Limits
 from pack.offload.page_cache import locked_bytes
@@ -101,7 +101,7 @@ def free_ram(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 def brought(model: Model, gpu: Gpu, pages: KeptPages, at: int = 1 << 30) -> None:
     watch = Canceller(at).watch
-    model.check(bring(model.slots, gpu, lambda slot: None, model.located, True, watch, pages))
+    model.check(send(model.slots, gpu, lambda slot: None, model.located, True, watch, pages).wait())
 
 
 def locked(registrar: NotingRegistrar) -> int:

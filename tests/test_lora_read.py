@@ -98,6 +98,14 @@ def test_a_file_that_is_replaced_while_it_is_read_is_an_error(tmp_path: Path) ->
         (raw_safetensors({"t": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}), "no proper shape"),
         (raw_safetensors({"t": {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}}), "no proper shape"),
         (raw_safetensors({"t": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, bytes(4)), "is said to lie"),
+        (
+            raw_safetensors({n: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} for n in ("t", "u")}, bytes(8)),
+            "'t' and 'u' are said to lie at the same place",
+        ),
+        (
+            raw_safetensors({"t": {"dtype": "F32", "shape": [1 << 47, 1 << 47, 0], "data_offsets": [0, 0]}}),
+            "a shape that no tensor has",
+        ),
         (raw_safetensors({"t": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, bytes(7)), "is said to lie"),
         (raw_safetensors({"t": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}), "is said to lie"),
         (b"", "the file ends after 0 bytes"),

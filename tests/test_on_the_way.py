@@ -4,6 +4,7 @@ is let go of while they are being copied."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ from pack.offload import kept
 from pack.offload.arrival import OnTheWay, send
 from pack.offload.errors import SourceError
 from pack.offload.kept import KeptPages
+from pack.offload.placed import Placed
 from test_arrival import Gpu, Model, Registrar
 from test_cancelled_source import Cancelled, Canceller
 from test_kept import Host, brought, locked, small_cells  # noqa: F401  (a fixture)
+from test_residency import terms
 from test_source import nothing_is_left  # noqa: F401  (a fixture)
 
 
@@ -86,6 +89,20 @@ def test_who_waits_is_told(tmp_path: Path, end: Callable[[Sender, OnTheWay], obj
     way = sender.send(Canceller(0 if error is Cancelled else 1 << 30))
     with pytest.raises(error):
         end(sender, way)
+    assert sender.nothing_is_in_use()
+
+
+def test_what_was_changed_on_its_way_is_not_there(tmp_path: Path) -> None:
+    sender = Sender(tmp_path)
+    placed, slots = Placed(), sender.model.slots
+    given = replace(terms(1 << 40), located=sender.model.located, kept=sender.pages)
+    placed.send(slots, sender.gpu, lambda slot: None, given)
+    assert len(placed) == len(slots)
+    sender.model.files[0].touch()
+    with pytest.raises(SourceError):
+        placed.wait()
+    assert not placed, "the next run would take them for what was loaded"
+    placed.wait()
     assert sender.nothing_is_in_use()
 
 

@@ -22,6 +22,7 @@ from pack.offload.device import HostDevice
 from pack.offload.errors import ArenaError
 from pack.offload.plan import BudgetTooSmallError
 from pack.offload.residency import Residency
+from pack.offload.shelf import Shelf
 from pack.offload.slots import Slot
 from pack.offload.streamer import BlockStreamer
 from pack.offload.terms import Terms
@@ -280,6 +281,33 @@ def test_better_plan_without_room_leaves_the_one_before(
         assert case.run(2)
     assert refused and case.residency.plan is before
     assert "no room for a better plan" in caplog.text
+
+
+def test_better_plan_without_its_file_leaves_the_one_before(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Copies stand in for the file, which was closed, and then somebody took it away."""
+    case = Arranged(prefetch_blocks=0)
+    case.arrange(int(0.7 * TOTAL))
+    before = case.residency.plan
+    other = case.residency._make_plan(int(0.5 * TOTAL))
+    monkeypatch.setattr(module, "replan", lambda *args: (other, "for the test"))
+    monkeypatch.setattr(case.residency.times, "complete", lambda: True)
+
+    class Gone(Shelf):
+        def bring_back(self) -> None:
+            raise FileNotFoundError("model.gguf is gone; put it back")
+
+    class File:
+        def close(self) -> bool:
+            return True
+
+    case.residency.shelf = Gone(File())  # type: ignore[arg-type]
+    with caplog.at_level(logging.WARNING, "sluice.offload"):
+        assert case.run(3)
+    assert case.residency.plan is before and "model.gguf is gone; put it back; the plan before stays" in caplog.text
+    case.residency.shelf = None
+    assert case.run(3) and case.residency.plan is other
 
 
 def refusing(monkeypatch: pytest.MonkeyPatch, case: Arranged, refuses: Callable[[int], bool]) -> list[int]:
