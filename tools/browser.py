@@ -9,8 +9,10 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -145,6 +147,21 @@ class Tab:
         self.page.wait_for_function(
             "(types) => String(app.graph._nodes.map((node) => node.type).sort()) === String(types)", arg=types
         )
+
+    def run(self) -> None:
+        """Press the button that queues the workflow."""
+        self.page.get_by_role("button", name=re.compile("^Run")).first.click()
+
+    def run_to_the_end(self, server: Server, seconds: float = 120) -> dict[str, Any]:
+        """`run`, and wait; what the server's history, which is cleared before, says of it."""
+        server.post("/history", {"clear": True})
+        self.run()
+        deadline = time.monotonic() + seconds
+        while not (history := server.get("/history")):
+            assert time.monotonic() < deadline, "nothing was run"
+            time.sleep(0.1)
+        (entry,) = history.values()
+        return entry
 
     def close(self) -> None:
         self.page.close()

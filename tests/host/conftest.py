@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from pack.tools import demo, host
+from pack.tools.browser import browser
 from pack.tools.server import Server
 from pack.tools.steps import SetupError
 from pack.tools.versions import MAIN_HOST
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 HERE = Path(__file__).parent
 
@@ -52,3 +57,10 @@ def demo_server(server: Server) -> Server:
     demo.prepare_models(server.host)
     demo.copy_models(server.models_dir)
     return server
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    """A browser for the tests of one file."""
+    with browser() as running:
+        yield running

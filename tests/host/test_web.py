@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from pack.nodes.report.text import size
-from pack.tools import browser, demo
+from pack.tools import demo
 from pack.tools.browser import Tab
 from pack.tools.host import ROOT
 from pack.tools.server import Server
@@ -51,12 +51,6 @@ READ = """() => {
         caches: [...panel.querySelectorAll("[aria-label=Caches] li")].map((row) => row.innerText),
     };
 }"""
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    with browser.browser() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +111,7 @@ def test_a_workflow_is_dropped_queued_and_watched(tab: Tab, demo_server: Server)
             new MutationObserver(note).observe(document.querySelector(".sl-status"), options);
         }"""
     )
-    tab.page.get_by_role("button", name=re.compile("^Run")).first.click()
+    tab.run()
     tab.page.wait_for_function("[...window.seen].some((told) => /^Sampling[1-9]/.test(told))", timeout=120_000)
     tab.page.wait_for_function("document.querySelector('.sl-stage-now').textContent === 'Idle'", timeout=120_000)
     (entry,) = demo_server.get("/history").values()

@@ -6,14 +6,13 @@ import json
 import re
 import urllib.error
 import urllib.parse
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import builders
 import pytest
 from pack.nodes.report.text import size
 from pack.tools import demo
-from pack.tools.browser import Tab, browser
+from pack.tools.browser import Tab
 from pack.tools.host import ROOT
 from pack.tools.server import Server
 
@@ -23,12 +22,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.browser
 
 FILE = demo.GGUF_FILES["Q8_0"]
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    with browser() as running:
-        yield running
 
 
 def badges(tab: Tab) -> dict[str, str]:

@@ -14,7 +14,7 @@ import pytest
 from host.test_web import FILE, OPEN, READ, SWAP
 from pack.nodes.report.text import size
 from pack.tools import demo, locales
-from pack.tools.browser import Tab, browser
+from pack.tools.browser import Tab
 from pack.tools.server import Server
 
 if TYPE_CHECKING:
@@ -48,12 +48,6 @@ def with_gpus(said: dict[str, Any]) -> dict[str, Any]:
         sample[:] = [row[column] for column in timeline["columns"]]
     timeline["peak"] |= {"vram_used": 7 * GB, "vram_allocated": 5 * GB}
     return said | {"vram": GPUS, "caches": [LORAS, *said["caches"][1:]]}
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    with browser() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

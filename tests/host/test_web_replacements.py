@@ -4,9 +4,6 @@ its button makes them ours, values and links arrive, and the picture is the same
 from __future__ import annotations
 
 import json
-import re
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +23,7 @@ from host.test_replacements import (
     short_demo,
 )
 from host.test_web_badges import wait_for_badge
-from pack.tools.browser import Tab, browser
+from pack.tools.browser import Tab
 from pack.tools.server import Server
 
 if TYPE_CHECKING:
@@ -70,12 +67,6 @@ def of_wan_video_wrapper() -> tuple[dict[str, Any], Graph]:
     return saved, {"1": loader, "10": {"class_type": "SluiceBlockSwapConfig", "inputs": config}}
 
 
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    with browser() as running:
-        yield running
-
-
 @pytest.mark.parametrize("pack", [of_comfyui_gguf, of_multigpu, of_wan_video_wrapper])
 def test_it_is_replaced_and_runs(
     chromium: Browser,
@@ -98,13 +89,7 @@ def test_it_is_replaced_and_runs(
     found = {number: {key: graph[number][key] for key in ("class_type", "inputs")} for number in expected}
     assert found == expected
 
-    demo_server.post("/history", {"clear": True})
-    tab.page.get_by_role("button", name=re.compile("^Run")).first.click()
-    deadline = time.monotonic() + 120
-    while not (history := demo_server.get("/history")):
-        assert time.monotonic() < deadline, "nothing was run"
-        time.sleep(0.1)
-    (entry,) = history.values()
+    entry = tab.run_to_the_end(demo_server)
     assert entry["status"]["status_str"] == "success"
     assert (picture(demo_server, graph) == reference).all()
     assert tab.own_errors() == []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from pack.tools import demo, locales
-from pack.tools.browser import OURS, Tab, browser
+from pack.tools.browser import OURS, Tab
 from pack.tools.server import Server
 
 if TYPE_CHECKING:
@@ -36,12 +36,6 @@ TEXTS = """() => {
     for (const element of panel.querySelectorAll("[aria-label]")) found.push(element.getAttribute("aria-label"));
     return [found.filter((text) => text), panel.lang];
 }"""
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    with browser() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,6 @@ make the prompt that they made before, run, and show what they show."""
 
 from __future__ import annotations
 
-import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from host.test_example_workflows import WORKFLOWS, stocked_server  # noqa: F401  (a fixture)
 from pack.tools import demo
-from pack.tools.browser import OURS, Tab, browser
+from pack.tools.browser import OURS, Tab
 from pack.tools.server import Server
 
 if TYPE_CHECKING:
@@ -51,12 +49,6 @@ PASSING_THROUGH = """() => {
     report.connect(0, release, 0);
     release.connect(0, byTitle("Decode"), 0);
 }"""
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    with browser() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -113,14 +105,8 @@ def test_it_runs_and_wears_badges(chromium: Browser, demo_server: Server) -> Non
     assert tab.page.evaluate(INTO_A_SUBGRAPH, ["SluiceMemoryReport", "SluiceReleaseMemory"]) == 2
     tab.page.evaluate(SAVE_AND_OPEN)
     tab.page.wait_for_function(f"(({INNER_BADGES})()).some((text) => text.includes('Q8_0'))")
-    demo_server.post("/history", {"clear": True})
     demo_server.post("/free", {"unload_models": True, "free_memory": True})  # or the text is encoded already
-    tab.page.get_by_role("button", name=re.compile("^Run")).first.click()
-    deadline = time.monotonic() + 120
-    while not (history := demo_server.get("/history")):
-        assert time.monotonic() < deadline, "nothing was run"
-        time.sleep(0.1)
-    (entry,) = history.values()
+    entry = tab.run_to_the_end(demo_server)
     assert entry["status"]["status_str"] == "success"
     stages = {mark["stage"] for mark in demo_server.get("/sluice/report")["timeline"]["marks"]}
     assert {"encode", "sample", "decode"} <= stages
