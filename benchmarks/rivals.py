@@ -4,11 +4,12 @@
 
 The network is the transformer of FLUX.1 as diffusers has it, in bf16 with random weights; `--layers` is how many double
 and single blocks (FLUX has 19 and 38; a third of each has the same ratio of bytes to compute, and is set up in a third
-of the time). One picture of 1024 x 1024 with 512 tokens of text. Every row may hold `--share` of the weights in VRAM,
-with room for the activations beside; torch's allocator refuses more. Rows take turns (A B A B), each time in a process
-of their own, which may take `--limit` seconds:
+of the time). One picture of 1024 x 1024 with 512 tokens of text. Every row has the same VRAM, for weights and all else:
+`--share` of the weights and `--beside` GB; torch's allocator refuses more. What the resident row took beside its
+weights is what one that asks for a budget of weights is told to leave. Rows take turns (A B A B), each time in a
+process of their own, which may take `--limit` seconds:
 
-    resident    all in VRAM, without a limit: the floor
+    resident    all in VRAM, without a limit: the floor; always the first
     sluice      the plan, ring and page cache of this pack's Block Swap, on diffusers' modules
     group       diffusers' group offload: block by block on a stream of its own, from pinned memory
     group leaf  the same layer by layer
@@ -30,6 +31,7 @@ import time
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -48,11 +50,24 @@ from pack.offload.files import StoredFile  # noqa: E402
 from pack.offload.residency import Residency, Terms  # noqa: E402
 
 PAGE = 4096
-ACTIVATIONS = 2.5e9  # bytes beside the weights: what a pass needs, with room for what the allocator cannot use
-WARM_UP, STEPS = 7, 5  # FlexTensor profiles in the first of them
+SLACK = 1.1  # of what a pass needs beside the weights: the allocator cannot use every byte
+WARM_UP, STEPS = 9, 5  # FlexTensor profiles in the first of them, this pack plans anew
 LISTS = ("transformer_blocks", "single_transformer_blocks")
 Step = Callable[[], torch.Tensor]
 report: dict[str, Any] = {}  # what the row that is set up says of itself
+
+
+@dataclass(frozen=True)
+class Room:
+    """VRAM of a row, in bytes: all that torch's allocator may have, and what of it weights may take."""
+
+    total: int
+    weights: int
+
+    @property
+    def fraction(self) -> float:
+        """`total` as a share of the GPU's memory."""
+        return min(1.0, self.total / torch.cuda.get_device_properties(0).total_memory)
 
 
 class Weights:
@@ -123,17 +138,17 @@ def inputs() -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def resident(weights: Weights, budget: int) -> Iterator[torch.nn.Module]:
+def resident(weights: Weights, room: Room) -> Iterator[torch.nn.Module]:
     yield weights.network().to("cuda")
 
 
 @contextmanager
-def sluice(weights: Weights, budget: int) -> Iterator[torch.nn.Module]:
+def sluice(weights: Weights, room: Room) -> Iterator[torch.nn.Module]:
     network = weights.network()
     residency = Residency(find_blocks(network), SwapRequest(min_free_vram_gb=0))
     terms = Terms(
-        budget_bytes=budget,
-        most_bytes=budget,
+        budget_bytes=room.weights,
+        most_bytes=room.weights,
         pinned_budget_bytes=0,
         may_pin=True,
         located=weights.located,
@@ -153,7 +168,7 @@ def sluice(weights: Weights, budget: int) -> Iterator[torch.nn.Module]:
 
 def group(level: str) -> Callable[..., Any]:
     @contextmanager
-    def rows(weights: Weights, budget: int) -> Iterator[torch.nn.Module]:
+    def rows(weights: Weights, room: Room) -> Iterator[torch.nn.Module]:
         from diffusers.hooks import apply_group_offloading
 
         network = weights.network()
@@ -168,13 +183,13 @@ def group(level: str) -> Callable[..., Any]:
 
 
 @contextmanager
-def mmgp(weights: Weights, budget: int) -> Iterator[torch.nn.Module]:
+def mmgp(weights: Weights, room: Room) -> Iterator[torch.nn.Module]:
     from mmgp import offload
 
     network = weights.network()
     running = offload.all(
         {"transformer": network}, pinnedMemory=True, quantizeTransformer=False, asyncTransfers=True,
-        budgets={"transformer": budget / 2 / (1 << 20)},
+        budgets={"transformer": room.weights / 2 / (1 << 20)},
     )  # fmt: skip
     try:
         yield network
@@ -184,17 +199,16 @@ def mmgp(weights: Weights, budget: int) -> Iterator[torch.nn.Module]:
 
 
 @contextmanager
-def flextensor(weights: Weights, budget: int) -> Iterator[torch.nn.Module]:
+def flextensor(weights: Weights, room: Room) -> Iterator[torch.nn.Module]:
     import flextensor as library
 
     network = weights.network()
     for name, child in network.named_children():
         if name not in LISTS:
             child.to("cuda")
-    total = torch.cuda.get_device_properties(0).total_memory
     config = library.OffloadConfig(
         include_patterns=[f"{name}.*" for name in LISTS],
-        max_gpu_mem_fraction=(budget + ACTIVATIONS) / total,
+        max_gpu_mem_fraction=room.fraction,
         profiling_iters=3,
     )
     try:
@@ -213,15 +227,13 @@ ROWS: dict[str, Callable[..., Any]] = {
 }
 
 
-def measure(name: str, weights: Weights, budget: int, given: dict[str, torch.Tensor]) -> dict[str, Any]:
+def measure(name: str, weights: Weights, room: Room, given: dict[str, torch.Tensor]) -> dict[str, Any]:
     """One turn of one row."""
-    total = torch.cuda.get_device_properties(0).total_memory
-    limit = 1.0 if name == "resident" else min(1.0, (budget + ACTIVATIONS) / total)
-    torch.cuda.set_per_process_memory_fraction(limit)
+    torch.cuda.set_per_process_memory_fraction(1.0 if name == "resident" else room.fraction)
     torch.cuda.reset_peak_memory_stats()
     report.clear()
     began = time.perf_counter()
-    with ROWS[name](weights, budget) as network:
+    with ROWS[name](weights, room) as network:
         times = []
         for number in range(WARM_UP + STEPS):
             started = time.perf_counter()
@@ -249,7 +261,8 @@ def work(args: argparse.Namespace, weights: Path) -> None:
             "weights_bytes": stored.nbytes,
         }
         if args.role == "row":
-            turn = measure(args.rows[0], stored, int(args.share * stored.nbytes), inputs())
+            total = int(args.share * stored.nbytes + args.beside * 1e9)
+            turn = measure(args.rows[0], stored, Room(total, total - int(SLACK * args.need)), inputs())
             np.save(args.work / "result.npy", turn.pop("result").numpy())
             facts["turn"] = turn
     args.out.write_text(json.dumps(facts), encoding="utf-8")
@@ -261,7 +274,8 @@ def run_self(args: argparse.Namespace, role: str, *rows: str) -> dict[str, Any]:
     answer.unlink(missing_ok=True)
     layers = map(str, args.layers)
     command = [sys.executable, str(Path(__file__).resolve()), "--role", role, "--work", str(args.work), "--out"]
-    command += [str(answer), "--share", str(args.share), "--layers", *layers, "--", *rows]
+    command += [str(answer), "--share", str(args.share), "--beside", str(args.beside), "--need", str(args.need)]
+    command += ["--layers", *layers, "--", *rows]
     try:
         done = _children.run(command, capture_output=True, text=True, errors="replace", timeout=args.limit)
     except subprocess.TimeoutExpired as late:
@@ -279,6 +293,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--layers", type=int, nargs=2, default=(19, 38))
     parser.add_argument("--share", type=float, default=0.5, help="of the weights, that VRAM may hold")
+    parser.add_argument("--beside", type=float, default=1.5, help="GB of VRAM beside that share (%(default)s)")
+    parser.add_argument("--need", type=float, help="bytes that a pass takes beside the weights; else as it measures")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--limit", type=float, default=300, help="seconds for one turn of a row (%(default)s)")
     parser.add_argument("--role", choices=("make", "row"), help=argparse.SUPPRESS)
@@ -289,11 +305,12 @@ def main() -> None:
         work(args, weights)
         return
     args.work.mkdir(parents=True, exist_ok=True)
+    measured, args.need = args.need is None, args.need or 0.0
     facts = run_self(args, "make")
     nbytes = facts["weights_bytes"]
-    said = f"{args.layers} blocks, {nbytes / 1e9:.2f} GB of weights, {args.share * nbytes / 1e9:.2f} GB of VRAM"
-    print(f"{facts['hardware']}; {said}", flush=True)
-    found: dict[str, dict[str, Any]] = {name: {"turns": []} for name in args.rows}
+    said = f"{nbytes / 1e9:.2f} GB of weights, {args.share * nbytes / 1e9 + args.beside:.2f} GB of VRAM"
+    print(f"{facts['hardware']}; {args.layers} blocks, {said}", flush=True)
+    found: dict[str, dict[str, Any]] = {name: {"turns": []} for name in ["resident", *args.rows]}
     expected = None
     for _ in range(args.rounds):
         for name, row in found.items():
@@ -305,6 +322,8 @@ def main() -> None:
                 row["error"] = str(error)
                 print(f"{name:12} failed: {error}", flush=True)
                 continue
+            if measured and name == "resident":
+                args.need = turn["peak_gb"] * 1e9 - nbytes
             result = np.load(args.work / "result.npy", allow_pickle=False)
             expected = result if expected is None else expected
             turn["difference"] = float(np.linalg.norm(result - expected) / np.linalg.norm(expected))
@@ -320,7 +339,7 @@ def main() -> None:
 def write(args: argparse.Namespace, facts: dict[str, Any], found: dict[str, dict[str, Any]]) -> None:
     """After each turn: a run that is ended early leaves what it has."""
     if args.out:
-        asked = {"layers": args.layers, "budget_bytes": int(args.share * facts["weights_bytes"])}
+        asked = {"layers": args.layers, "share": args.share, "beside_gb": args.beside, "need_bytes": args.need}
         args.out.write_text(json.dumps({**facts, **asked, "rows": found}, indent=1), encoding="utf-8")
 
 

@@ -25,6 +25,7 @@ from .attach_adapters import adapter_stream_of
 from .blocks import Block, find_blocks
 from .costs import SwapRequest
 from .files import StoredFile
+from .kept import give_back
 from .residency import Residency
 from .shelf import Shelf
 from .slots import twin
@@ -42,6 +43,7 @@ def apply_block_swap(model: ModelPatcher, request: SwapRequest) -> ModelPatcher:
         ValueError: the model has no blocks that could stream, or its file is gone.
     """
     _unload(model)
+    give_back(model.model)  # of its file, which the clone locks for itself
     restore(model.model)
     if (residency := residency_of(model)) is not None and residency.shelf is not None:
         residency.shelf.bring_back()  # if unloading could not, this says why
@@ -68,8 +70,8 @@ def apply_block_swap(model: ModelPatcher, request: SwapRequest) -> ModelPatcher:
 
 def default_request(request: SwapRequest) -> SwapRequest | None:
     """What a model gets for which nobody asked for Block Swap: on an NVIDIA GPU `request`, for it is faster at equal
-    VRAM than the host's own two ways (benchmarks/results/block_swap_h200.txt); elsewhere nothing was measured, and
-    None leaves the model to the host."""
+    VRAM than the host's own two ways (benchmarks/results/block_swap_rivals_h200.txt); elsewhere nothing was measured,
+    and None leaves the model to the host."""
     device = comfy.model_management.get_torch_device()
     return request if device.type == "cuda" and torch.version.cuda else None
 

@@ -15,7 +15,7 @@ from ..loaders.sizes import size
 from .costs import BlockCost, Link, ms
 from .plan import StreamPlan, make_plan, predict
 
-WORTHWHILE = 0.05  # of a step
+WORTHWHILE = 0.02  # of a step
 
 
 def replan(
