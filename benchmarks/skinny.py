@@ -5,7 +5,7 @@
     python benchmarks/skinny.py --compile --types Q4_K    (fills Triton's cache and measures nothing)
     python benchmarks/skinny.py --types Q4_K --cuts 2,1,2,2 1,1,2,4    (tiles, segment, stages, warps: see tiling.py)
     python benchmarks/skinny.py --rows 1 8 --seconds 60    (starts nothing new after that)
-    python benchmarks/skinny.py --program-cuts 12,4,1 12,4,0,1,2    (warps, stages, split, sixteens, teams: few_rows.py)
+    python benchmarks/skinny.py --program-cuts 12,4 12,4,2    (warps, stages, split: few_rows.py)
     python benchmarks/skinny.py --vllm DIR                (DIR holds vllm_gguf_plugin/)
 
 Needs torch with CUDA, Triton and gguf. The roofline is the time in which the same run reads the quantised bytes and
@@ -111,7 +111,8 @@ def measure(
     layout = BLOCKS[ggml_type]
     nbytes = shape[0] * shape[1] // layout.elements * layout.nbytes
     weights = [random_bytes(nbytes) for _ in range(rotation(nbytes))]
-    row: dict = {"type": ggml_type.name, "shape": shape, "read us": 1e6 * read_seconds(nbytes), "rows": {}}
+    read = 1e6 * read_seconds(nbytes)
+    row: dict = {"type": ggml_type.name, "shape": shape, "bytes": nbytes, "read us": read, "rows": {}}
     for m in rows:
         x = torch.randn(m, shape[1], dtype=torch.bfloat16, device="cuda")
 
@@ -202,7 +203,8 @@ def main() -> None:
                 share, bare = row["read us"] / times["us"], (row["read us"] - empty) / (times["us"] - empty)
                 us = " ".join(f"{name} {us:.1f}" for name, us in times.items())
                 cells.append(f"M={m}: {100 * share:3.0f}% ({100 * bare:.0f}%) {us}")
-            print(f"{row['type']:8s} {shape} read {row['read us']:5.1f} us | " + " | ".join(cells), flush=True)
+            read = f"read {row['read us']:5.1f} us ({row['bytes'] / row['read us'] / 1e6:.2f} TB/s)"
+            print(f"{row['type']:8s} {shape} {read} | " + " | ".join(cells), flush=True)
     report["host us"] = host_costs()
     print("host us, M = 1: " + ", ".join(f"{what} {us:.1f}" for what, us in report["host us"].items()))
     if args.out:

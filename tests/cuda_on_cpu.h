@@ -39,7 +39,7 @@ std::vector<Warp> warps;
 ucontext_t scheduler;
 int current, first_program, threads, cluster_arrived, cluster_age;
 int block_arrived[SPLIT], block_age[SPLIT];
-int pair_arrived[16], pair_age[16];  // teams are for programs without a cluster
+int copiers_arrived[SPLIT], copiers_age[SPLIT];
 const unsigned char *weight, *weight_end;
 constexpr int MARGIN = 4096;
 alignas(128) unsigned char shared[SPLIT][SHARED + MARGIN];
@@ -133,13 +133,6 @@ template <class T> static inline T read_in(const T* p, int rank) { return *in(p,
 static inline void __syncwarp() {
     machine::Warp& w = machine::warps[machine::current / 32];
     machine::gather(w.arrived, w.age, 32, [] {});
-}
-
-static inline void sync_pair(int pair) {
-    if (TEAMS > 1)
-        machine::gather(machine::pair_arrived[pair], machine::pair_age[pair], 64, [] {});
-    else
-        __syncwarp();
 }
 
 static inline float number(uint32_t bits) {
@@ -243,13 +236,20 @@ static inline void barrier_wait(unsigned long long* bar, uint32_t parity) {
         machine::wait();
 }
 
+static inline bool one_lane() { return machine::current % 32 == 5; }
+
+static inline void sync_copiers() {
+    int rank = machine::current / machine::threads;
+    machine::gather(machine::copiers_arrived[rank], machine::copiers_age[rank], COPIERS * 32, [] {});
+}
+
 static inline void barriers_ready() {}
 
 static inline void let_next_start() {}
 
 static inline void wait_for_previous() {}
 
-static constexpr int COPYING = 16 * SIXTEENS;
+static constexpr int COPYING = 16;
 
 static inline void copy_row(unsigned char* to, const unsigned char* from, uint32_t nbytes, unsigned long long* bar,
                             int lane) {

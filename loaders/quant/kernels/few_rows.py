@@ -2,7 +2,7 @@
 
 A program holds x for its columns in registers and streams its rows of the weight through shared memory, so what there
 is to choose is how many warps share a row, how many rows are on their way at once, and whether two programs share rows
-that are long and few. The cuts are measured on an H200 (benchmarks/results/few_rows_h200.txt); two teams lost there.
+that are long and few. The cuts are measured on an H200 (benchmarks/results/few_rows_h200.txt).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ TILES, STAGES = 36, 14
 SLOTS = 2  # tiles whose sums are kept at once, where a program has a tile's all at once
 HOPPER = 200 * 1024  # a program may have more shared memory only where there are clusters
 WIDE = 20  # warps at most, where that many have a whole row
-TEAMED = 12  # warps at most that there may be twice: of so many threads each has registers enough
+LONG = 8  # tiles of a program from which on three warps copy, and no more than two tiles are on their way
+TILE = 16  # rows of the weight that are multiplied at once
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,10 @@ class Facts:
     words: that a lane reads at once, which is what rows must not share banks for.
     split: programs that share rows which are long and few: where the weight's bytes take longer than the products, x is
         better asked for once again.
-    teams: see `Cut`.
     """
 
     words: int = 1
     split: int = 2
-    teams: int = 1
 
 
 TYPES = {
@@ -61,18 +60,14 @@ HALVES = (GGMLType.Q3_K, GGMLType.Q6_K)  # superblocks that begin with half a wo
 @dataclass(frozen=True)
 class Cut:
     """Attributes:
-    warps: of a team at most; a program has two more, one copies and one sums up.
-    stages: sixteens of rows, or of parts of rows, that a program has room for, at most.
+    warps: at most; a program has two more, one copies and one sums up.
+    stages: tiles, or parts of their rows, that a program has room for, at most.
     split: programs that share the columns of the same rows; 0 to choose.
-    sixteens: of rows in a tile, 1 or 2.
-    teams: of as many warps, that take tiles in turns, 1 or 2; 0 to choose.
     """
 
     warps: int = 12
     stages: int = 4
     split: int = 0
-    sixteens: int = 1
-    teams: int = 0
 
 
 @dataclass(frozen=True)
@@ -114,15 +109,6 @@ class Plan:
         return SLICE // layout.elements * layout.nbytes
 
     @property
-    def sixteens(self) -> int:
-        return self.cut.sixteens
-
-    @property
-    def tile(self) -> int:
-        """Rows of the weight that are multiplied at once."""
-        return 16 * self.sixteens
-
-    @property
     def _few(self) -> bool:
         """Whether the rows are so few that it costs more to go over them again than to begin with more of x."""
         return self.n <= 64 * self.gpu.multiprocessors and TYPES[self.ggml_type].split > 1
@@ -152,11 +138,11 @@ class Plan:
     @cached_property
     def warps(self) -> int:
         """As few as need not go over the tiles more often, and no more than there is shared memory for."""
-        tiles = ceil(self.n / self.groups / self.tile)
+        tiles = ceil(self.n / self.groups / TILE)
         fitting = 1
         for goes in range(ceil(self.slices / self._warps_at_most), self.slices + 1):
             fitting = ceil(self.slices / goes)
-            if self._shared(2, min(tiles, TILES), fitting, self.sixteens) <= self.gpu.shared:
+            if self._shared(2, min(tiles, TILES), fitting) <= self.gpu.shared:
                 break
         return fitting
 
@@ -173,52 +159,52 @@ class Plan:
         """Tiles whose sums are kept; 0 for all: where warps go over them again, or other programs read them."""
         return SLOTS if self.slices <= warps and self.split == 1 else 0
 
-    def _shared(self, stages: int, tiles: int, warps: int, sixteens: int) -> int:
+    def _shared(self, stages: int, tiles: int, warps: int) -> int:
         by_16, by_32 = self.ggml_type in BY_16, self.ggml_type in BY_32
         portion, spread = (128, 112) if by_16 else (64, 48 if by_32 else 0)
-        slots, teams = self._slots(warps), self._teams(warps)
-        scratch = max(8 * (portion * 2 + 16), 16 * sixteens * (spread + slots // teams * 32))
+        slots = self._slots(warps)
+        scratch = max(8 * (portion * 2 + 16), TILE * (spread + slots * 32))
         zeros = 0 if spread and self.ggml_type is not GGMLType.IQ4_XS else 256
-        sums = 0 if slots else tiles * sixteens * ceil(self.m / 2) * 128
-        return HEAD + stages * 16 * sixteens * self._pitch(warps) + warps * (teams * (scratch + zeros) + sums)
-
-    def _teams(self, warps: int) -> int:
-        if not self._slots(warps) or warps > TEAMED:
-            return 1
-        return self.cut.teams or TYPES[self.ggml_type].teams
-
-    @property
-    def teams(self) -> int:
-        return self._teams(self.warps)
+        sums = 0 if slots else tiles * ceil(self.m / 2) * 128
+        return HEAD + stages * TILE * self._pitch(warps) + warps * (scratch + zeros + sums)
 
     @cached_property
     def stages_and_rows(self) -> tuple[int, int]:
         """Stages, each for a tile, as many as there is room for, and rows of the weight for a program."""
         rows = ceil(self.n / self.groups)
-        tiles = ceil(rows / self.tile)
-        for stages in range(max(2, min(self.cut.stages // self.sixteens, STAGES)), 1, -1):
-            fits = self._shared(stages, tiles, self.warps, self.sixteens) <= self.gpu.shared
+        tiles = ceil(rows / TILE)
+        for stages in range(max(2, min(self.cut.stages, STAGES)), 1, -1):
+            fits = self._shared(stages, tiles, self.warps) <= self.gpu.shared
             if fits and (tiles <= TILES or self._slots(self.warps)):
                 return stages, rows
         tiles = min(tiles, TILES)  # more programs than run at once, then
-        while tiles and self._shared(2, tiles, self.warps, self.sixteens) > self.gpu.shared:
+        while tiles and self._shared(2, tiles, self.warps) > self.gpu.shared:
             tiles -= 1
         if not tiles:
             raise ValueError(f"{self} does not fit into shared memory")
-        return 2, tiles * self.tile
+        return 2, tiles * TILE
 
     @property
     def shared(self) -> int:
         stages, rows = self.stages_and_rows
-        return self._shared(stages, ceil(rows / self.tile), self.warps, self.sixteens)
+        return self._shared(stages, ceil(rows / TILE), self.warps)
 
     @property
     def grid(self) -> int:
         return ceil(self.n / self.stages_and_rows[1]) * self.split
 
     @property
+    def _long(self) -> bool:
+        stages, rows = self.stages_and_rows
+        return stages > 2 and ceil(rows / TILE) >= LONG and self._slots(self.warps) > 0
+
+    @property
+    def _copiers(self) -> int:
+        return 3 if self._long else 1
+
+    @property
     def threads(self) -> int:
-        return (self.warps * self.teams + 2) * 32
+        return (self.warps + self._copiers + 1) * 32
 
     def definitions(self, x: torch.dtype, out: torch.dtype) -> tuple[str, ...]:
         """What the source is compiled with, for the types of x, bfloat16 or float16, and of the result."""
@@ -229,10 +215,10 @@ class Plan:
             "WARPS": self.warps,
             "PITCH": self.pitch,
             "SPLIT": self.split,
-            "SIXTEENS": self.sixteens,
             "ONCE": int(self.slices <= self.warps),
             "ODD": int(self.ggml_type in HALVES and self.k // SLICE % 2),
             "SLOTS": self._slots(self.warps),
-            "TEAMS": self.teams,
+            "COPIERS": self._copiers,
+            "AHEAD": 2 if self._long else 0,
         }
         return tuple(f"-D{name}={value}" for name, value in facts.items())

@@ -4,17 +4,18 @@
 // compiled by g++ with tests/cuda_on_cpu.h in the place of few_rows_machine.h.
 //
 // [Note: Work] A program takes some hundred neighbouring rows of the weight, a multiprocessor's share, in tiles of 16
-// rows or 32. One warp copies tile after tile into a ring of shared memory, each row by one instruction, past registers
+// rows. COPIERS warps copy tile after tile into a ring of shared memory, each row by one instruction, past registers
 // and first-level cache and at any distance ahead. WARPS others have a slice of 256 columns each: they hold x for it in
 // registers, in the order of the matrix instruction, from the first tile to the last, and leave what their slice gives
 // for each tile in shared memory. The last warp sums over the slices of a tile as soon as it has them all, always in
 // the same order. Where a row has more slices than there are warps, the program goes over its tiles again for the next
 // ones, for which it asks for x a go before; or a cluster of SPLIT programs shares the slices of the same rows, and
-// each sums up some tiles, with what the others have for them.
+// each sums up some tiles, with what the others have for them. Otherwise there is room for the sums of SLOTS tiles
+// only, over the scratch in which x was put in order.
 //
-// [Note: Teams] Three warps of a scheduler do not hide each other's latencies. Where one go is enough, there are TEAMS
-// of WARPS warps, which take tiles in turns. The warps of a slice in both teams, a pair, put x in order together. The
-// sums have room for SLOTS tiles only, over the scratch in which that was done.
+// [Note: Copies] A warp begins a copy every 90 cycles: enough for a short program, but not for a long one, which has
+// three such warps. x comes behind whatever was asked for before: a short program asks for one tile, for x, and for the
+// other tiles; a long one never has more than AHEAD tiles on their way.
 //
 // [Note: Matrix] mma.sync.m16n8k16: lane 4 g + c gives four elements of rows g and g + 8 of the first matrix, the
 // weight; four of column g of the second, x; and gets columns 2 c and 2 c + 1 of rows g and g + 8 of the sum. Which
@@ -61,10 +62,11 @@ struct alignas(16) Floats4 {
 #define IQ4_NL 20
 #define IQ4_XS 23
 
-// TYPE, X_IS_F16 (or bfloat16), OUT_IS_F32 (or as x), WARPS (that multiply, of a team), TEAMS, SPLIT, SIXTEENS (of rows
-// in a tile), ONCE (whether one go over the tiles is enough), SLOTS (tiles whose sums are kept, 0 for all), ODD
-// (whether rows have an odd number of slices, where that matters) and PITCH (bytes from a row of a tile to the next)
-// are the host's. The program may be started before the kernel in front of it has ended: it copies the weight, which
+// TYPE, X_IS_F16 (or bfloat16), OUT_IS_F32 (or as x), WARPS (that multiply), SPLIT, ONCE (whether one go over the tiles
+// is enough), SLOTS (tiles whose sums are kept, 0 for all), ODD (whether rows have an odd number of slices, where that
+// matters), PITCH (bytes from a row of a tile to the next), COPIERS (warps that copy) and AHEAD (tiles on their way at
+// once, 0 for all) are the host's. The program may be started before the kernel in front of it has ended: it copies the
+// weight, which
 // must not be what that kernel writes, and waits before it reads anything else or writes.
 #define SUPER_MINIMA (TYPE == Q4_K || TYPE == Q5_K)
 #define BY_16 (TYPE == Q2_K || TYPE == Q3_K || TYPE == Q6_K)  // groups of 16 elements
@@ -72,6 +74,7 @@ struct alignas(16) Floats4 {
 #define KQUANT (SUPER_MINIMA || BY_16)
 #define CODES (TYPE == IQ4_NL || TYPE == IQ4_XS)  // nibbles that stand for bytes
 #define BLOCK_MINIMA (TYPE == Q4_1 || TYPE == Q5_1)
+#define PAIRED (TYPE == Q4_0 || TYPE == Q5_0 || TYPE == Q8_0 || TYPE == IQ4_NL)  // two blocks lie on whole words
 
 constexpr int BLOCK_BYTES = TYPE == Q4_0   ? 18
                             : TYPE == Q4_1 ? 20
@@ -92,18 +95,18 @@ constexpr int GROUPS = BY_16 ? 16 : 8;  // of a slice
 constexpr int PORTION = BY_16 ? 128 : 64;  // columns of x that a warp puts in order at once
 constexpr int X_PITCH = PORTION * 2 + 16;
 constexpr int PARTS = X_IS_F16 ? 2 : 1;
-constexpr int TILE = 16 * SIXTEENS;  // rows
+constexpr int TILE = 16;  // rows
 constexpr int STAGE = TILE * PITCH;
 constexpr int DEPTH = 14;   // tiles in a ring, at most
 constexpr int HEAD = 512;  // bytes for barriers: two for each stage, and one for each tile or two for each slot
 constexpr int SCALES_PITCH = BY_16 ? 112 : SUPER_MINIMA || TYPE == IQ4_XS ? 48 : 0;  // of a row: `spread_scales`
 constexpr int MINIMA = TYPE == Q2_K ? 4 : BY_16 ? 6 : SUPER_MINIMA ? 2 : 1;
-constexpr int SUMS = SIXTEENS * 8 * 16;  // of a slot
-constexpr int OVER_X = TILE * SCALES_PITCH + SLOTS / TEAMS * SUMS * 4;  // bytes that lie where x was put in order
+constexpr int SUMS = 8 * 16;  // of a slot
+constexpr int OVER_X = TILE * SCALES_PITCH + SLOTS * SUMS * 4;  // bytes that lie where x was put in order
 constexpr int SCRATCH = 8 * X_PITCH > OVER_X ? 8 * X_PITCH : OVER_X;
 constexpr int ZEROS = KQUANT ? 0 : GROUPS * 32;
 constexpr int PER_WARP = SCRATCH + ZEROS;
-constexpr int THREADS = (WARPS * TEAMS + 2) * 32;
+constexpr int THREADS = (WARPS + COPIERS + 1) * 32;
 
 #ifdef __CUDACC__
 #include "few_rows_machine.h"
@@ -120,7 +123,7 @@ constexpr int THREADS = (WARPS * TEAMS + 2) * 32;
 
 // The row of a tile that is in place `at`. Rows of an odd number of eights of bytes begin in the middle of sixteen
 // bytes every other time: those that one load touches, eight, are then of one kind.
-DEVICE int row_at_place(int at) { return HALVES ? at / 16 * 16 + at % 8 * 2 + at / 8 % 2 : at; }
+DEVICE int row_at_place(int at) { return HALVES ? at % 8 * 2 + at / 8 : at; }
 
 // Where that row begins in a stage, the tile's first at `begins` in global memory.
 DEVICE int place_at(int at, u64 begins, u64 row_bytes) {
@@ -161,63 +164,65 @@ few_rows(const u8* data, const u16* x, const void* bias, void* out, int n, int k
     int chunks = ONCE ? 1 : (slices + WARPS - 1) / WARPS, before_own = rank * slices;
     slices = slices < all_slices - before_own ? slices : all_slices - before_own;
     int columns = (m + 1) & ~1;  // that sums are kept for
-    // Sums of a tile: from one warp's to the next one's, from those of sixteen rows to the next, from tile to tile.
-    int of_warp = SLOTS ? PER_WARP / 4 : columns * 16, of_sixteen = SLOTS ? 128 : WARPS * columns * 16;
-    int of_tile = TEAMS > 1 ? WARPS * of_warp : SIXTEENS * of_sixteen;
+    // Sums: from one warp's of a tile to the next one's, from tile to tile.
+    int of_warp = SLOTS ? PER_WARP / 4 : columns * 16, of_tile = SLOTS ? SUMS : WARPS * columns * 16;
     float* partial = (float*)(own + (SLOTS ? TILE * SCALES_PITCH : WARPS * PER_WARP));
     u64 row_bytes = (u64)all_slices * SLICE_BYTES;
     data += first * row_bytes + (u64)before_own * SLICE_BYTES;
     x += before_own * SLICE;
     int stage = 0;
     u32 parity = 0;
-    if (warp == WARPS * TEAMS) {
-        if (l.lane < depth) {
-            barrier_init(full + l.lane, COPYING);
-            barrier_init(empty + l.lane, WARPS);
+    if (warp >= WARPS && warp < WARPS + COPIERS) {
+        if (warp == WARPS && one_lane()) {  // lanes make barriers in turn: here those alone that the first copy needs
+            for (int i = 0; i < depth; ++i)
+                barrier_init(full + i, COPYING);
+            barriers_ready();
         }
-        for (int i = l.lane; i < (SLOTS ? SLOTS : tiles); i += 32) {
-            barrier_init(done + i, WARPS * SPLIT);
-            if (SLOTS)
-                barrier_init(taken + i, 1);
-        }
-        barriers_ready();
-        __syncwarp();
+        sync_copiers();
+        int arrived = 0;  // the stage of the tile AHEAD tiles ago
+        u32 arrived_parity = 0;
         for (int chunk = 0; chunk < chunks; ++chunk) {
             int left = slices - chunk * WARPS;
             u32 nbytes = (left < 0 ? 0 : left < WARPS ? left : WARPS) * SLICE_BYTES;
             for (int tile = 0; tile < tiles; ++tile) {
                 if (chunk * tiles + tile >= depth)
                     barrier_wait(empty + stage, parity ^ 1);
+                if (AHEAD && chunk * tiles + tile >= AHEAD) {
+                    barrier_wait(full + arrived, arrived_parity);
+                    next_stage(arrived, arrived_parity, depth);
+                }
+                __syncwarp();
                 int row = tile * TILE + row_at_place(l.lane);
                 const u8* from = data + row * row_bytes + (u64)chunk * (WARPS * SLICE_BYTES);
                 u32 before = (u32)(u64)from & 15;
-                bool copies = l.lane < TILE && row < rows && nbytes;
-                u32 copied = copies ? (before + nbytes + 15) & ~15u : 0;
-                copy_row(stages + stage * STAGE + l.lane * PITCH, from - before, copied, full + stage, l.lane);
+                u32 copied = row < rows && nbytes ? (before + nbytes + 15) & ~15u : 0;
+                if (l.lane < TILE && l.lane % COPIERS == warp - WARPS)
+                    copy_row(stages + stage * STAGE + l.lane * PITCH, from - before, copied, full + stage, l.lane);
                 if (chunk + tile == 0)
                     sync_cluster();  // the others may look at the barriers; x was asked for before the other tiles
                 next_stage(stage, parity, depth);
             }
         }
-    } else if (warp < WARPS * TEAMS) {
-        int team = TEAMS > 1 ? warp / WARPS : 0, member = TEAMS > 1 ? warp % WARPS : warp;
+    } else if (warp < WARPS) {
         u8* scratch = own + warp * PER_WARP;
         Floats2* zeros = (Floats2*)(scratch + SCRATCH);
         // Slices of odd number take more instructions where rows begin with half a word. A quarter of the warps shares
         // a scheduler, so not all of them should be in the same quarters.
-        int from = HALVES && (member & 4) && (member ^ 1) < WARPS ? member ^ 1 : member;
+        int from = HALVES && (warp & 4) && (warp ^ 1) < WARPS ? warp ^ 1 : warp;
         Words4 raw[X_WORDS];
-        l.team = team, l.pair = member + 1;
+        if (AHEAD)
+            sync_cluster();
         wait_for_previous();
         if (from < slices)
             request_x(raw, x + from * SLICE, k, m, l);
-        sync_cluster();
+        if (!AHEAD)
+            sync_cluster();
         for (int chunk = 0; chunk < chunks; ++chunk) {
             int slice = chunk * WARPS + from;
             bool busy = slice < slices;
             Inputs inputs;
             if (busy)
-                order_x(inputs, raw, l, own + member * PER_WARP, scratch, zeros);
+                order_x(inputs, raw, l, scratch, zeros);
             if (!ONCE && slice + WARPS < slices)
                 request_x(raw, x + (slice + WARPS) * SLICE, k, m, l);
             // Where the slice begins in a row of a stage. Eight rows are a multiple of 16 bytes: all tiles are alike.
@@ -232,22 +237,18 @@ few_rows(const u8* data, const u16* x, const void* bias, void* out, int n, int k
             int own_at = kept(row_at + l.c * (SUPER_MINIMA ? 8 : 4)), zeros_at = kept((u8*)zeros - shared + l.c * 8);
             int scales_at = kept(scratch - shared + l.g * SCALES_PITCH);
             int scales_to = kept(scratch - shared + l.lane / 2 * SCALES_PITCH + l.lane % 2 * (BY_16 ? 32 : 16));
-            int sums_at = member * of_warp + l.c * 2 * 16 + (l.g ^ (l.c & 1) * 8);
+            int sums_at = warp * of_warp + l.c * 2 * 16 + (l.g ^ (l.c & 1) * 8);
             sums_at = kept((u8*)(partial + sums_at) - shared);
             int lower = kept(l.c & 1 ? -8 : 8);  // from row g to row g + 8
             int wanted = kept(l.c * 2 < columns), again = ONCE ? 0 : kept(wanted && chunk);
             int last = ONCE ? 1 : kept(chunk == chunks - 1), elected = kept(l.lane == 0);
-            if (TEAMS > 1 && team)
-                next_stage(stage, parity, depth);
-            for (int tile = team; tile < tiles; tile += TEAMS) {
+            for (int tile = 0; tile < tiles; ++tile) {
                 int slot = SLOTS ? tile % SLOTS : tile;
                 float* sums = (float*)(shared + sums_at) + slot * of_tile;
-                float total[SIXTEENS][4];
-#pragma unroll
-                for (int i = 0; i < SIXTEENS; ++i) {
-                    const float* so_far = sums + i * of_sixteen;
-                    total[i][0] = again ? so_far[0] : 0, total[i][1] = again ? so_far[16] : 0;
-                    total[i][2] = again ? so_far[lower] : 0, total[i][3] = again ? so_far[lower + 16] : 0;
+                float total[4] = {0, 0, 0, 0};
+                if (again) {
+                    total[0] = sums[0], total[1] = sums[16];
+                    total[2] = sums[lower], total[3] = sums[lower + 16];
                 }
                 barrier_wait(full + stage, parity);
                 if (busy) {
@@ -259,30 +260,20 @@ few_rows(const u8* data, const u16* x, const void* bias, void* out, int n, int k
                                  (const Floats2*)(shared + zeros_at),
                                  shared + scales_at,
                                  shared + scales_to};
-                    bool whole = SIXTEENS == 1 || rows - tile * TILE > 16;
-                    if (shifted && whole)
-                        add_slice<true, SIXTEENS>(total, in, inputs, l);
-                    else if (shifted)
-                        add_slice<true, 1>(total, in, inputs, l);
-                    else if (whole)
-                        add_slice<false, SIXTEENS>(total, in, inputs, l);
+                    if (shifted)
+                        add_slice<true>(total, in, inputs, l);
                     else
-                        add_slice<false, 1>(total, in, inputs, l);
+                        add_slice<false>(total, in, inputs, l);
                 }
                 __syncwarp();
                 if (elected)
                     barrier_arrive(empty + stage);
-                for (int i = 0; i < TEAMS; ++i)
-                    next_stage(stage, parity, depth);
+                next_stage(stage, parity, depth);
                 if (SLOTS && tile >= SLOTS)
                     barrier_wait(taken + slot, (tile / SLOTS - 1) & 1);
                 if (wanted) {
-#pragma unroll
-                    for (int i = 0; i < SIXTEENS; ++i) {
-                        float* to = sums + i * of_sixteen;
-                        to[0] = total[i][0], to[16] = total[i][1];
-                        to[lower] = total[i][2], to[lower + 16] = total[i][3];
-                    }
+                    sums[0] = total[0], sums[16] = total[1];
+                    sums[lower] = total[2], sums[lower + 16] = total[3];
                 }
                 __syncwarp();
                 if (elected && last)
@@ -291,19 +282,26 @@ few_rows(const u8* data, const u16* x, const void* bias, void* out, int n, int k
         }
     } else {  // a lane sums up four rows of a column
         int column = l.lane / 4, four = l.lane % 4 * 4;
+        if (l.lane < depth)
+            barrier_init(empty + l.lane, WARPS);
+        for (int i = l.lane; i < (SLOTS ? SLOTS : tiles); i += 32) {
+            barrier_init(done + i, WARPS * SPLIT);
+            if (SLOTS)
+                barrier_init(taken + i, 1);
+        }
+        barriers_ready();
         sync_cluster();
         wait_for_previous();
         for (int tile = rank; tile < tiles; tile += SPLIT) {
-            float y[SIXTEENS][4];
-            u32 plus[SIXTEENS][4];  // asked for before the sums are there
+            float y[4] = {0, 0, 0, 0};
+            u32 plus[4] = {0, 0, 0, 0};  // asked for before the sums are there
 #pragma unroll
-            for (int i = 0; i < TILE / 4; ++i) {
-                int row = tile * TILE + row_at_place(i / 4 * 16 + four + i % 4);
-                y[i / 4][i % 4] = plus[i / 4][i % 4] = 0;
+            for (int i = 0; i < 4; ++i) {
+                int row = tile * TILE + row_at_place(four + i);
                 if (row < rows && bias_is == 1)
-                    plus[i / 4][i % 4] = ((const u32*)bias)[first + row];
+                    plus[i] = ((const u32*)bias)[first + row];
                 else if (row < rows && bias_is == 2)
-                    plus[i / 4][i % 4] = ((const u16*)bias)[first + row];
+                    plus[i] = ((const u16*)bias)[first + row];
             }
             int slot = SLOTS ? tile % SLOTS : tile;
             const float* sums = partial + slot * of_tile + column * 16 + (four ^ (column & 2) * 4);
@@ -311,24 +309,22 @@ few_rows(const u8* data, const u16* x, const void* bias, void* out, int n, int k
             if (column < m)
                 for (int part = 0; part < SPLIT; ++part)
 #pragma unroll
-                    for (int w = 0; w < SIXTEENS * WARPS; ++w) {
-                        const float* from = sums + w / WARPS * of_sixteen + w % WARPS * of_warp;
-                        Floats4 more = read_in((const Floats4*)from, part);
+                    for (int w = 0; w < WARPS; ++w) {
+                        Floats4 more = read_in((const Floats4*)(sums + w * of_warp), part);
 #pragma unroll
                         for (int i = 0; i < 4; ++i)
-                            y[w / WARPS][i] += more.at[i];
+                            y[i] += more.at[i];
                     }
             __syncwarp();
             if (SLOTS && l.lane == 0)
                 barrier_arrive(taken + slot);
             if (column < m) {
 #pragma unroll
-                for (int i = 0; i < TILE / 4; ++i) {
-                    int row = tile * TILE + row_at_place(i / 4 * 16 + four + i % 4);
-                    u32 b = plus[i / 4][i % 4];
-                    float more = bias_is == 1 ? number(b) : X_IS_F16 ? f16_low(b) : number(b << 16);
+                for (int i = 0; i < 4; ++i) {
+                    int row = tile * TILE + row_at_place(four + i);
+                    float more = bias_is == 1 ? number(plus[i]) : X_IS_F16 ? f16_low(plus[i]) : number(plus[i] << 16);
                     if (row < rows)
-                        store(out, column * (u64)n + first + row, fmaf(y[i / 4][i % 4], 0x1p69f, more));
+                        store(out, column * (u64)n + first + row, fmaf(y[i], 0x1p69f, more));
                 }
             }
         }

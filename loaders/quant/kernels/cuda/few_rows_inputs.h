@@ -9,7 +9,6 @@ struct Inputs {
 
 struct Lane {
     int lane, g, c;
-    int team, pair;  // of the warp; a pair has the same slice in different teams
     u32 hybrid;                        // how lane 3 makes its word of two halves
     u32 shift, shift_low, shift_head;  // 16 where a slice begins with half a word: in rows g, g + 8 and lane / 2
 };
@@ -93,12 +92,12 @@ DEVICE void add_run(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, const Input
 // The nearest bfloat16, ties away from zero.
 DEVICE float nearest(float y) { return number((bits_of(y) + 0x8000u) & 0xffff0000u); }
 
-constexpr int X_LANES = PORTION / 8;      // that have a row of a portion together
-constexpr int X_LOADS = 8 * X_LANES / 32 / TEAMS;  // of a portion, for each warp of a pair
+constexpr int X_LANES = PORTION / 8;       // that have a row of a portion together
+constexpr int X_LOADS = 8 * X_LANES / 32;  // of a portion
 constexpr int X_WORDS = SLICE / PORTION * X_LOADS;
 
 // The row of x of which a lane has a part in load `i` of a portion.
-DEVICE int x_row(int i, const Lane& l) { return (i * TEAMS + l.team) * (32 / X_LANES) + l.lane / X_LANES; }
+DEVICE int x_row(int i, const Lane& l) { return i * (32 / X_LANES) + l.lane / X_LANES; }
 
 // Ask for 256 columns of up to eight rows of x, `at` the first of them.
 DEVICE void request_x(Words4 (&raw)[X_WORDS], const u16* at, int k, int m, const Lane& l) {
@@ -111,19 +110,19 @@ DEVICE void request_x(Words4 (&raw)[X_WORDS], const u16* at, int k, int m, const
     }
 }
 
-// Put them in order; `together` is the pair's first warp's scratch, `scratch` and `zeros` are the warp's own.
-DEVICE void order_x(Inputs& x, const Words4 (&raw)[X_WORDS], const Lane& l, u8* together, u8* scratch, Floats2* zeros) {
+// Put them in order; `scratch` and `zeros` are the warp's own.
+DEVICE void order_x(Inputs& x, const Words4 (&raw)[X_WORDS], const Lane& l, u8* scratch, Floats2* zeros) {
 #pragma unroll
     for (int portion = 0; portion < SLICE / PORTION; ++portion) {
-        sync_pair(l.pair);
+        __syncwarp();
 #pragma unroll
         for (int i = 0; i < X_LOADS; ++i)
-            *(Words4*)(together + x_row(i, l) * X_PITCH + l.lane % X_LANES * 16) = raw[portion * X_LOADS + i];
-        sync_pair(l.pair);
+            *(Words4*)(scratch + x_row(i, l) * X_PITCH + l.lane % X_LANES * 16) = raw[portion * X_LOADS + i];
+        __syncwarp();
 #pragma unroll
         for (int i = 0; i < PORTION / 16; ++i) {
             int run = portion * (PORTION / 16) + i;
-            const u8* row = together + l.g * X_PITCH - portion * PORTION * 2;
+            const u8* row = scratch + l.g * X_PITCH - portion * PORTION * 2;
             put_run(x, run, word(row + element(run, l.c, 0) * 2), word(row + element(run, l.c, 1) * 2));
         }
     }
@@ -144,7 +143,7 @@ DEVICE void order_x(Inputs& x, const Words4 (&raw)[X_WORDS], const Lane& l, u8* 
                 zeros[group * 4 + l.c] = Floats2{sum[0], sum[1]};
         }
     }
-    sync_pair(l.pair);
+    __syncwarp();
     if (KQUANT) {  // [group][column], of which a lane has two groups of each set for its column
         float* sums = (float*)scratch;
 #pragma unroll

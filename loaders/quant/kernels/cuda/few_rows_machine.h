@@ -114,14 +114,6 @@ DEVICE void barrier_arrive_in(u64* bar, int) { barrier_arrive(bar); }
 DEVICE Floats4 read_in(const Floats4* p, int) { return *p; }
 #endif
 
-// The warps of a pair wait for each other.
-DEVICE void sync_pair(int pair) {
-    if (TEAMS > 1)
-        asm volatile("bar.sync %0, 64;" ::"r"(pair) : "memory");
-    else
-        __syncwarp();
-}
-
 DEVICE void let_next_start() { asm volatile("griddepcontrol.launch_dependents;"); }
 
 DEVICE void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
@@ -143,6 +135,16 @@ DEVICE void barrier_wait(u64* bar, u32 parity) {
 }
 
 constexpr int COPYING = TILE;  // lanes that arrive at a stage's barrier when they have started their copies
+
+// Whether the lane is the one of the warp that this is true for.
+DEVICE bool one_lane() {
+    u32 y;
+    asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }" : "=r"(y));
+    return y;
+}
+
+// The warps that copy wait for each other.
+DEVICE void sync_copiers() { asm volatile("bar.sync 1, %0;" ::"n"(COPIERS * 32) : "memory"); }
 
 DEVICE void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 

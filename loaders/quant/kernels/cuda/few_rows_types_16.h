@@ -22,9 +22,9 @@ DEVICE void add_four(float (&total)[4], const u32 (&v)[4][2], const u32 (&fields
 
 #if TYPE == Q2_K
 // Lane 2 r + h leaves of half h of row r the scales times d in float32, exactly, the minima, and minus dmin.
-DEVICE void spread_scales(const Places& in, int half, int i) {
-    const u8* head = in.head + i * 16 * PITCH;
-    u8* to = in.scales_to + i * 16 * SCALES_PITCH;
+DEVICE void spread_scales(const Places& in, int half) {
+    const u8* head = in.head;
+    u8* to = in.scales_to;
     u32 both = word(head + 80);
     float d = f16_low(both), from = d * -32768.0f;
 #pragma unroll
@@ -33,41 +33,35 @@ DEVICE void spread_scales(const Places& in, int half, int i) {
         float y[4];
 #pragma unroll
         for (int at = 0; at < 4; ++at)  // (32768 + scale) d - 32768 d
-            y[at] = fmaf(number(permuted(scales & 0x0f0f0f0fu, 0x47000000u, 0x7404 | at << 4)), d, from);
+            y[at] = fmaf(above_32768(scales & 0x0f0f0f0fu, at), d, from);
         leave_scales(to, j, y);
         *(u32*)(to + 64 - half * 24 + j * 4) = scales >> 4 & 0x0f0f0f0fu;
     }
     *(float*)(to + 80 - half * 28) = -f16_high(both);
 }
 
-template <bool SHIFTED, int COUNT>
-DEVICE void add_slice(float (*total)[4], const Places& in, const Inputs& x, const Lane& l) {
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i)
-        spread_scales(in, l.lane % 2, i);
+template <bool SHIFTED>
+DEVICE void add_slice(float (&total)[4], const Places& in, const Inputs& x, const Lane& l) {
+    spread_scales(in, l.lane % 2);
     __syncwarp();
     constexpr u32 fields[4] = {0x03, 0x0c, 0x30, 0xc0};
 #pragma unroll
-    for (int j = 0; j < 4 * COUNT; ++j) {
-        int i = j % COUNT, n = j / COUNT / 2, h = j / COUNT % 2;
-        const u8* at = in.own + i * 16 * PITCH + 16 + n * 32 + h * 16;
+    for (int j = 0; j < 4; ++j) {
+        int n = j / 2, h = j % 2;
+        const u8* at = in.own + 16 + n * 32 + h * 16;
         u32 a = word(at), b = word(at + 8 * PITCH), v[4][2] = {{a, b}, {a, b}, {a, b}, {a, b}};
-        add_four(total[i], v, fields, in.scales + i * 16 * SCALES_PITCH + n * 32 + h * 16, x, n * 8 + h * 4);
+        add_four(total, v, fields, in.scales + n * 32 + h * 16, x, n * 8 + h * 4);
     }
+    const u8 *upper = in.scales, *lower = upper + 8 * SCALES_PITCH;
+    float least[4] = {0, 0, 0, 0};
+    u32 a[4];
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-        const u8* upper = in.scales + i * 16 * SCALES_PITCH;
-        const u8* lower = upper + 8 * SCALES_PITCH;
-        float least[4] = {0, 0, 0, 0};
-        u32 a[4];
+    for (int j = 0; j < 4; ++j)
+        a[j] = permuted(*(const u16*)((j % 2 ? lower : upper) + 64 + j / 2 * 8 + l.c * 2), 0, 0x4140);
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
-            a[j] = permuted(*(const u16*)((j % 2 ? lower : upper) + 64 + j / 2 * 8 + l.c * 2), 0, 0x4140);
-#pragma unroll
-        for (int part = 0; part < 2; ++part)
-            mma(least, a[0], a[1], a[2], a[3], x.sums[2 * part], x.sums[2 * part + 1]);
-        scale(total[i], least, *(const float*)(upper + 80), *(const float*)(lower + 80));
-    }
+    for (int part = 0; part < 2; ++part)
+        mma(least, a[0], a[1], a[2], a[3], x.sums[2 * part], x.sums[2 * part + 1]);
+    scale(total, least, *(const float*)(upper + 80), *(const float*)(lower + 80));
 }
 #endif
 
@@ -102,9 +96,9 @@ DEVICE u32 four_scales(const u8* head, int half, int j, u32 shift) {
 
 // Lane 2 r + h leaves of half h of row r the scales, times d in float32 and times 2^-69 in bfloat16, exactly, and d.
 template <bool SHIFTED>
-DEVICE void spread_scales(const Places& in, const Lane& l, int i) {
-    const u8* head = in.head + i * 16 * PITCH;
-    u8* to = in.scales_to + i * 16 * SCALES_PITCH;
+DEVICE void spread_scales(const Places& in, const Lane& l) {
+    const u8* head = in.head;
+    u8* to = in.scales_to;
     int half = l.lane % 2;
     float d = f16_low(*(const u16*)(head + BLOCK_BYTES - 2));
 #pragma unroll
@@ -113,7 +107,7 @@ DEVICE void spread_scales(const Places& in, const Lane& l, int i) {
         float y[4];
 #pragma unroll
         for (int at = 0; at < 4; ++at)  // less 2^15 and what makes it no less than 0
-            y[at] = number(permuted(scales, 0x47000000u, 0x7404 | at << 4)) - (TYPE == Q6_K ? 32896.0f : 32800.0f);
+            y[at] = above_32768(scales, at) - (TYPE == Q6_K ? 32896.0f : 32800.0f);
         Words2 small = {times(tops(y[0], y[1]), SMALL), times(tops(y[2], y[3]), SMALL)};
         *(Words2*)(to + 64 - half * 16 + j * 8) = small;
         float by_d[4] = {y[0] * d, y[1] * d, y[2] * d, y[3] * d};
@@ -122,11 +116,9 @@ DEVICE void spread_scales(const Places& in, const Lane& l, int i) {
     *(float*)(to + 96 - half * 28) = d;
 }
 
-template <bool SHIFTED, int COUNT>
-DEVICE void add_slice(float (*total)[4], const Places& in, const Inputs& x, const Lane& l) {
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i)
-        spread_scales<SHIFTED>(in, l, i);
+template <bool SHIFTED>
+DEVICE void add_slice(float (&total)[4], const Places& in, const Inputs& x, const Lane& l) {
+    spread_scales<SHIFTED>(in, l);
     __syncwarp();
     const u8* rows[2] = {in.own - before_shift<SHIFTED>(l.shift), in.low - before_shift<SHIFTED>(l.shift_low)};
     u32 shifts[2] = {l.shift, l.shift_low};
@@ -136,12 +128,12 @@ DEVICE void add_slice(float (*total)[4], const Places& in, const Inputs& x, cons
     constexpr u32 fields[4] = {0x07, 0x1c, 0x70, 0x70};
 #endif
 #pragma unroll
-    for (int j = 0; j < 4 * COUNT; ++j) {
-        int i = j % COUNT, n = j / COUNT / 2, h = j / COUNT % 2;
+    for (int j = 0; j < 4; ++j) {
+        int n = j / 2, h = j % 2;
         u32 v[4][2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const u8* at = rows[r] + i * 16 * PITCH + h * 16;
+            const u8* at = rows[r] + h * 16;
 #if TYPE == Q6_K
             u32 a = word_at<SHIFTED>(at + n * 64, shifts[r]), b = word_at<SHIFTED>(at + n * 64 + 32, shifts[r]);
             u32 high = word_at<SHIFTED>(at + 128 + n * 32, shifts[r]);
@@ -158,19 +150,15 @@ DEVICE void add_slice(float (*total)[4], const Places& in, const Inputs& x, cons
             v[3][r] = merged(a >> 2, beside, 0x30303030u);
 #endif
         }
-        add_four(total[i], v, fields, in.scales + i * 16 * SCALES_PITCH + n * 32 + h * 16, x, n * 8 + h * 4);
+        add_four(total, v, fields, in.scales + n * 32 + h * 16, x, n * 8 + h * 4);
     }
+    const u8 *upper = in.scales, *lower = upper + 8 * SCALES_PITCH;
+    float least[4] = {0, 0, 0, 0};
+    u32 a0 = word(upper + 64 + l.c * 4), a1 = word(lower + 64 + l.c * 4);
+    u32 a2 = word(upper + 80 + l.c * 4), a3 = word(lower + 80 + l.c * 4);
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-        const u8* upper = in.scales + i * 16 * SCALES_PITCH;
-        const u8* lower = upper + 8 * SCALES_PITCH;
-        float least[4] = {0, 0, 0, 0};
-        u32 a0 = word(upper + 64 + l.c * 4), a1 = word(lower + 64 + l.c * 4);
-        u32 a2 = word(upper + 80 + l.c * 4), a3 = word(lower + 80 + l.c * 4);
-#pragma unroll
-        for (int part = 0; part < 3; ++part)
-            mma(least, a0, a1, a2, a3, x.sums[2 * part], x.sums[2 * part + 1]);
-        scale(total[i], least, *(const float*)(upper + 96), *(const float*)(lower + 96));
-    }
+    for (int part = 0; part < 3; ++part)
+        mma(least, a0, a1, a2, a3, x.sums[2 * part], x.sums[2 * part + 1]);
+    scale(total, least, *(const float*)(upper + 96), *(const float*)(lower + 96));
 }
 #endif
