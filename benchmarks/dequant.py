@@ -39,7 +39,7 @@ sys.modules["pack"] = package
 
 from pack.loaders.gguf.types import BLOCKS, GGMLType  # noqa: E402
 from pack.loaders.quant import reference  # noqa: E402
-from pack.loaders.quant.kernels import kept, launch, programs  # noqa: E402
+from pack.loaders.quant.kernels import dependent, kept, launch, programs  # noqa: E402
 
 SIZES = ((16384, 5120), (9216, 3072), (3072, 3072))
 CONFIGS = ((32, 1), (64, 1), (128, 4), (512, 4))  # (lanes, warps)
@@ -220,7 +220,7 @@ def host_costs(ggml_type: GGMLType) -> dict[str, float]:
     data, out = random_bytes(blocks * layout.nbytes), torch.empty(shape, dtype=torch.bfloat16, device="cuda")
     kernel = launch.KERNELS[ggml_type]
     lanes, warps = kernel.cut(out.numel())
-    variant = (kernel, lanes, torch.bfloat16, 16, True, data.device)
+    variant = launch.variant(kernel, data, out, dependent.allowed(data.device))
     bound = launch.bind(data, ggml_type, shape, torch.bfloat16)
     _, rest = kept._kept[variant]
     run = kept.bound(variant, launch.grid(kernel, lanes, blocks), data.device.index)

@@ -7,19 +7,24 @@ What flux_step.py measures in processes of their own, with the models of one pro
 machine, so that only neighbours in time can be compared; there are three times as many rounds of it.
 
 FILE is bf16, q8_0 or q4_k; bf16 goes through core's loader, a GGUF file through the pack's node, under the host's
-classic patcher or with --dynamic under its dynamic one.
+classic patcher or with --dynamic under its dynamic one. `q8_0:late` is the model of `q8_0` with the launch of each
+dequantising kernel after the end of the kernel before it (kernels/dependent.py says what is done otherwise); their
+latents have to be equal as bits.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import flux_step
 
+LATE = "late"
 FILES = ("bf16", "q8_0", "q4_k")
 
 
@@ -30,20 +35,39 @@ def measure(work: Path, files: list[str], dynamic: bool, rounds: int) -> dict[st
     import comfy.sd
     import torch
 
-    models = {}
-    for file in files:
-        path = flux_step.checkpoint(work, file)
-        load = comfy.sd.load_diffusion_model if file == "bf16" else flux_step.pack_loader("sluice", path)
-        models[file] = load(str(path))
+    models: dict[str, Any] = {}
+    for name in (file.partition(":")[0] for file in files):
+        path = flux_step.checkpoint(work, name)
+        if name not in models:
+            load = comfy.sd.load_diffusion_model if name == "bf16" else flux_step.pack_loader("sluice", path)
+            models[name] = load(str(path))
     times: dict[str, dict[str, list[float]]] = {}
     for side in flux_step.PIXELS:
         found = times.setdefault(f"{side}px", {file: [] for file in files})
+        images: dict[str, Any] = {}
         for turn in range(1 + rounds * (3 if side == min(flux_step.PIXELS) else 1)):
-            for file, model in models.items():
-                _, step, image = flux_step.sample(comfy.sample, torch, model, side // 8)
+            for file in files[:: 1 if turn % 2 else -1]:
+                name, _, how = file.partition(":")
+                if f"{name}:{LATE}" in files:
+                    launched(models[name], late=how == LATE)
+                _, step, image = flux_step.sample(comfy.sample, torch, models[name], side // 8)
                 assert bool(image.isfinite().all())
-                found[file] += [step] * (turn > 0)  # the first loads, binds and chooses
+                if turn:  # the first loads, binds and chooses
+                    assert torch.equal(image, images.setdefault(name, image))
+                    found[file].append(step)
     return times
+
+
+def launched(model: Any, late: bool) -> None:
+    """Have the kernels that dequantise `model` launched after the end of the kernel before, or as the pack does it."""
+    quant = next(name for name in sys.modules if name.endswith("loaders.quant"))
+    dependent, device = importlib.import_module(f"{quant}.kernels.dependent"), model.load_device
+    dependent._reasons.pop(device, None)
+    if late:
+        dependent._reasons[device] = "to be measured"
+    for layer in model.model.modules():
+        if hasattr(layer, "forget_bound"):
+            layer.forget_bound()
 
 
 def main() -> None:
@@ -56,7 +80,8 @@ def main() -> None:
     args = parser.parse_args()
     command = " ".join(sys.argv)
     args.work.mkdir(parents=True, exist_ok=True)
-    missing = {file for file in args.files if not flux_step.checkpoint(args.work, file).exists()}
+    names = {file.partition(":")[0] for file in args.files}
+    missing = {name for name in names if not flux_step.checkpoint(args.work, name).exists()}
     if missing:
         flux_step.run_self(["--role", "make", "--work", str(args.work), "--out", "-", *missing])
     times = measure(args.work, args.files, args.dynamic, args.rounds)
@@ -68,7 +93,7 @@ def main() -> None:
             middle = median(steps)
             ratios = sorted(a / b for a, b in zip(steps, found[args.files[0]], strict=True))
             print(
-                f"{'dynamic' if args.dynamic else 'classic':8} {size:7} {file:5} {middle:7.2f} ms  "
+                f"{'dynamic' if args.dynamic else 'classic':8} {size:7} {file:9} {middle:7.2f} ms  "
                 f"{middle / first:.3f} x {args.files[0]}  ({ratios[0]:.3f} to {ratios[-1]:.3f} by round)",
                 flush=True,
             )

@@ -22,6 +22,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
@@ -31,7 +32,7 @@ from .gguf.types import GGMLType
 from .quant import dispatch
 from .quant.layout import is_gguf
 from .sizes import aligned
-from .uploads import upload_into, uploaded
+from .uploads import upload
 
 WAYS = ("auto", "runtime", "merge")  # by [Note: Which way]; always beside; always folded
 
@@ -50,11 +51,11 @@ class Adapter:
     scale: float
     start: int = 0
 
-    @property
+    @cached_property
     def rank(self) -> int:
         return self.down.shape[0]
 
-    @property
+    @cached_property
     def rows(self) -> tuple[int, int]:
         return self.start, self.start + self.up.shape[0]
 
@@ -121,8 +122,8 @@ class Factors:
             column = 0
             for adapter in group:
                 ranks = slice(column, column + adapter.rank)
-                upload_into(self.a[part.ranks][ranks], adapter.down)
-                _scale_into(part.b[:, ranks], adapter.up, adapter.scale)
+                upload(adapter.down, self.a.device, self.a[part.ranks][ranks].copy_)
+                upload(adapter.up, part.b.device, partial(_scale_into, part.b[:, ranks], adapter.scale))
                 column = ranks.stop
 
     def _prepare(self) -> None:
@@ -229,14 +230,14 @@ class FoldedWeight:
         return factors.folded_into(data, params.ggml_type, params.orig_shape, self._dtype)
 
 
-def _scale_into(there: torch.Tensor, up: torch.Tensor, scale: float) -> None:
+def _scale_into(there: torch.Tensor, scale: float, up: torch.Tensor) -> None:
     """Fill `there` with `scale` up, multiplied in float32 and rounded once."""
     if scale == 1:
-        upload_into(there, up)
+        there.copy_(up)
     elif there.dtype == up.dtype and not up.requires_grad:
-        torch.mul(uploaded(up, there.device), scale, out=there)  # which multiplies 16 bits in float32
+        torch.mul(up, scale, out=there)  # which multiplies 16 bits in float32
     else:
-        there.copy_(uploaded(up, there.device).float() * scale)
+        there.copy_(up.float() * scale)
 
 
 def nbytes(adapters: Sequence[Adapter], dtype: torch.dtype) -> int:

@@ -24,6 +24,7 @@ import torch
 
 from ..gguf.types import BLOCKS, PLAIN, GGMLType
 from . import reference
+from .kernels.failures import MismatchError, reason
 
 log = logging.getLogger("sluice.quant")
 
@@ -34,6 +35,8 @@ TRITON_DEVICES = frozenset({"cuda", "xpu"})  # ROCm calls itself cuda
 
 _chosen: dict[str, tuple[ModuleType | None, str]] = {}  # kind of device -> kernels or None, and the reason for it
 _failures: dict[tuple[str, GGMLType], str] = {}  # kind of device and type whose kernel does not work -> why
+_not_few: dict[tuple[str, GGMLType], str] = {}  # the same for the one that multiplies few rows
+_not_ahead: dict[tuple[str, GGMLType], str] = {}  # the same for the one that adds LoRAs, compiled before it is used
 _too_large: dict[tuple[str, GGMLType], int] = {}  # the least rank for which the kernel that adds LoRAs does not work
 
 
@@ -59,22 +62,30 @@ def _kernels(kind: str, ggml_type: GGMLType) -> Any:
 
 
 # What is the caller's fault, or the device's memory's: another implementation would fail as well.
-_NOT_THE_KERNELS = (ValueError, torch.OutOfMemoryError)
+_NOT_THE_KERNELS = (MismatchError, torch.OutOfMemoryError)
 
 
-def _tried(data: torch.Tensor, ggml_type: GGMLType, kernel: Callable[..., Any], *args: Any) -> Any:
-    """`kernel(*args)`, or None when it does not work; then its type is given up on this kind of device."""
+def _tried(
+    failures: dict[tuple[str, GGMLType], str],
+    kernel: Callable[..., Any],
+    data: torch.Tensor,
+    ggml_type: GGMLType,
+    *args: Any,
+) -> Any:
+    """`kernel(data, ggml_type, *args)`, or None when it does not work; then `failures` has why and its type is given up
+    on this kind of device."""
     try:
-        return kernel(*args)
+        return kernel(data, ggml_type, *args)
     except _NOT_THE_KERNELS:
         raise
     except Exception as error:
-        _failures[data.device.type, ggml_type] = f"{type(error).__name__}: {error}"
+        failures[data.device.type, ggml_type] = reason(error)
         log.warning(
-            "the %s kernel does not work on %s, torch takes over, more slowly; update driver and Triton: %s",
+            "the %s kernel%s does not work on %s, torch takes over, more slowly; update driver and Triton: %s",
             ggml_type.name,
+            " for few rows" if failures is _not_few else "",
             data.device,
-            error,
+            reason(error),
         )
         return None
 
@@ -89,7 +100,7 @@ def dequantize(data: torch.Tensor, ggml_type: GGMLType, shape: Sequence[int], dt
     """
     kernels = _kernels(data.device.type, ggml_type)
     if kernels is not None:
-        weight = _tried(data, ggml_type, kernels.launch.dequantize, data, ggml_type, shape, dtype)
+        weight = _tried(_failures, kernels.launch.dequantize, data, ggml_type, shape, dtype)
         if weight is not None:
             return weight
     return reference.dequantize(data, ggml_type, shape, dtype)
@@ -102,7 +113,7 @@ def bind(data: torch.Tensor, ggml_type: GGMLType, shape: Sequence[int], dtype: t
     """
     kernels = _kernels(data.device.type, ggml_type)
     if kernels is not None:
-        call = _tried(data, ggml_type, kernels.launch.bind, data, ggml_type, shape, dtype)
+        call = _tried(_failures, kernels.launch.bind, data, ggml_type, shape, dtype)
         if call is not None:
             return call
     return partial(reference.dequantize, data, ggml_type, shape, dtype)
@@ -111,7 +122,7 @@ def bind(data: torch.Tensor, ggml_type: GGMLType, shape: Sequence[int], dtype: t
 def few_elements(kind: str, ggml_type: GGMLType, shape: Sequence[int]) -> int:
     """Up to how many elements of x `linear_of_few` multiplies by a weight of `shape` on a kind of device; -1: none."""
     kernels = _kernels(kind, ggml_type)
-    if kernels is None or shape[1] % BLOCKS[ggml_type].elements:
+    if kernels is None or (kind, ggml_type) in _not_few or shape[1] % BLOCKS[ggml_type].elements:
         return -1
     return kernels.multiply.few(ggml_type, torch.device(kind)) * shape[1]
 
@@ -127,7 +138,11 @@ def linear_of_few(
     if x.numel() > few_elements(data.device.type, ggml_type, shape) or x.requires_grad:
         return None
     kernels = _kernels(data.device.type, ggml_type)
-    return _tried(data, ggml_type, kernels.multiply.linear, x, data, ggml_type, shape, bias)
+
+    def product(data: torch.Tensor, ggml_type: GGMLType) -> torch.Tensor:
+        return kernels.multiply.linear(x, data, ggml_type, shape, bias)
+
+    return _tried(_not_few, product, data, ggml_type)
 
 
 def bind_linear(
@@ -198,7 +213,11 @@ def compile_with_products(
     if adds_products(device.type, ggml_type, shape, dtype, max(rank for _, rank in parts)):
         from .kernels import folded
 
-        folded.compile_ahead(ggml_type, shape, dtype, parts, device)
+        try:
+            folded.compile_ahead(ggml_type, shape, dtype, parts, device)
+        except Exception as error:
+            _not_ahead[device.type, ggml_type] = reason(error)
+            raise
 
 
 def _with_products(
@@ -217,12 +236,11 @@ def _with_products(
         _too_large[kind, ggml_type] = rank
         log.warning(
             "the kernel that adds LoRAs to %s weights does not work on %s from rank %d on, torch adds them more "
-            "slowly: %s: %s",
+            "slowly: %s",
             ggml_type.name,
             data.device,
             rank,
-            type(error).__name__,
-            error,
+            reason(error),
         )
         return None
 
@@ -233,9 +251,13 @@ def choices() -> dict[str, str]:
     chosen, failures = list(_chosen.items()), list(_failures.items())  # another thread may be adding to them
     decided = {kind: why for kind, (_, why) in chosen}
     decided |= {f"{kind} {t.name}": f"torch: its kernel failed: {why}" for (kind, t), why in failures}
+    few = list(_not_few.items())
+    decided |= {f"{kind} {t.name} few rows": f"dequantised: their kernel failed: {why}" for (kind, t), why in few}
+    late = list(_not_ahead.items())
+    decided |= {f"{kind} {t.name} LoRA": f"its kernel was not compiled ahead: {why}" for (kind, t), why in late}
     for _, (kernels, _) in chosen:
         if kernels is not None:
-            decided |= kernels.multiply.choices()
+            decided |= kernels.launch.dependent.choices() | kernels.multiply.choices()
     return decided
 
 

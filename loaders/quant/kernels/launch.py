@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from ...gguf.types import BLOCKS, GGMLType
-from . import blocks32, iq, kept, kquants, programs, ternary
+from . import blocks32, dependent, iq, kept, kquants, programs, ternary
 from .bits import chunks_16
+from .failures import MismatchError
 from .grids import TABLES, table
 
 
@@ -101,26 +102,28 @@ def dequantize(
         out: contiguous, of `shape` and `dtype`, on the device of `data`.
 
     Raises:
-        ValueError: the bytes are not those of `shape`.
+        MismatchError: the bytes are not those of `shape`.
     """
     data = data.contiguous()
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=data.device)
     blocks = checked_blocks(data, ggml_type, out.shape)
     if not out.is_contiguous():
-        raise ValueError(f"a {ggml_type.name} tensor is dequantised into a contiguous tensor; strides {out.stride()}.")
+        raise MismatchError(
+            f"a {ggml_type.name} tensor is dequantised into a contiguous tensor; strides {out.stride()}."
+        )
     if blocks:
         run_dequantize(KERNELS[ggml_type], ggml_type, data, out, blocks)
     return out
 
 
 def checked_blocks(data: torch.Tensor, ggml_type: GGMLType, shape: Sequence[int]) -> int:
-    """How many blocks `data` has; ValueError unless they are those of `shape`."""
+    """How many blocks `data` has; MismatchError unless they are those of `shape`."""
     layout = BLOCKS[ggml_type]
     blocks = data.numel() // layout.nbytes
     elements = prod(shape)
     if blocks * layout.nbytes != data.numel() or blocks * layout.elements != elements:
-        raise ValueError(
+        raise MismatchError(
             f"{data.numel()} bytes are not a {ggml_type.name} tensor of shape {tuple(shape)}: its {elements} elements "
             f"take {elements / layout.elements:g} blocks of {layout.nbytes} bytes."
         )
@@ -129,13 +132,33 @@ def checked_blocks(data: torch.Tensor, ggml_type: GGMLType, shape: Sequence[int]
 
 def run_dequantize(kernel: Kernel, ggml_type: GGMLType, data: torch.Tensor, out: torch.Tensor, blocks: int) -> None:
     """Fill `out` from the `blocks` of `data` by `kernel`."""
+    early = dependent.allowed(data.device)
+    try:
+        _start(kernel, ggml_type, data, out, blocks, early)
+    except Exception as error:
+        if not early or isinstance(error, torch.OutOfMemoryError):
+            raise
+        _start(kernel, ggml_type, data, out, blocks, early=False)  # raises where that is not what failed
+        dependent.give_up(data.device, error)
+
+
+def _start(
+    kernel: Kernel, ggml_type: GGMLType, data: torch.Tensor, out: torch.Tensor, blocks: int, early: bool
+) -> None:
     lanes, warps = kernel.cut(out.numel())
-    variant = (kernel, lanes, out.dtype, alignment(data.data_ptr()), out.data_ptr() % 16 == 0, data.device)
 
     def constants() -> tuple:
-        return (*decoder(kernel, ggml_type, data, kernel.per_block), lanes)
+        return (*decoder(kernel, ggml_type, data, kernel.per_block), lanes, early)
 
-    kept.start(variant, programs.dequantize, grid(kernel, lanes, blocks), (data, out, blocks), constants, warps)
+    options = dependent.OPTIONS if early else {}
+    of_these, args = variant(kernel, data, out, early), (data, out, blocks)
+    kept.start(of_these, programs.dequantize, grid(kernel, lanes, blocks), args, constants, warps, **options)
+
+
+def variant(kernel: Kernel, data: torch.Tensor, out: torch.Tensor, early: bool) -> tuple:
+    """All that the program is compiled for, to fill `out` from `data`; `early`: see dependent.py."""
+    lanes, _ = kernel.cut(out.numel())
+    return kernel, lanes, out.dtype, alignment(data.data_ptr()), out.data_ptr() % 16 == 0, data.device, early
 
 
 def grid(kernel: Kernel, lanes: int, blocks: int) -> int:
@@ -173,8 +196,8 @@ def bind(
     kernel, source, index = KERNELS[ggml_type], data.data_ptr(), device.index
     blocks = data.numel() // BLOCKS[ggml_type].nbytes
     lanes, _ = kernel.cut(first.numel())
-    variant = kernel, lanes, dtype, alignment(source), True, device
-    run = kept.bound(variant, grid(kernel, lanes, blocks), index)
+    of_these = variant(kernel, data, first, dependent.allowed(device))
+    run = kept.bound(of_these, grid(kernel, lanes, blocks), index)
     if run is None:
         return slow
     strides, current_device = first.stride(), torch._C._cuda_getDevice
@@ -187,4 +210,4 @@ def bind(
         return out
 
     with torch.cuda.device(index):  # else the slow way would prove itself
-        return fast if kept.proves(variant, fast, first) else slow
+        return fast if kept.proves(of_these, fast, first) else slow

@@ -22,6 +22,7 @@ import triton
 
 from ...gguf.types import BLOCKS, GGMLType
 from . import kept, matrix, products, programs, tiles
+from .failures import MismatchError, reason
 from .launch import KERNELS, Kernel, alignment, checked_blocks, decoder, dequantize
 from .quads import FRAGMENTS, Fragment
 from .tiling import TILINGS, USED, Tiling, arguments
@@ -176,19 +177,19 @@ def linear(
         config: another configuration than the tables', to measure it.
 
     Raises:
-        ValueError: shapes that do not fit each other or the bytes, or too many rows of `x`.
+        MismatchError: shapes that do not fit each other or the bytes, or too many rows of `x`.
         WrongResultError: a `config` was given and what it gives is not the product.
     """
     rows, columns = shape
     checked_blocks(data, ggml_type, shape)
     m = x.numel() // columns if columns else 0
     if x.shape[-1] != columns or columns % BLOCKS[ggml_type].elements or (bias is not None and bias.shape != (rows,)):
-        raise ValueError(
+        raise MismatchError(
             f"a {ggml_type.name} weight of shape {tuple(shape)} (rows of whole blocks of {BLOCKS[ggml_type].elements}) "
             f"cannot multiply x of shape {tuple(x.shape)}{'' if bias is None else f' with bias {tuple(bias.shape)}'}."
         )
     if m > SKINNY_ROWS:
-        raise ValueError(f"{m} rows of x: above {SKINNY_ROWS}, dequantise the weight and multiply by that.")
+        raise MismatchError(f"{m} rows of x: above {SKINNY_ROWS}, dequantise the weight and multiply by that.")
     out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
@@ -204,12 +205,12 @@ def linear(
     except Exception as error:
         if not instructed or config is not None or isinstance(error, torch.OutOfMemoryError):
             raise
-        _failures[launch.program, ggml_type] = f"{type(error).__name__}: {error}"
+        _failures[launch.program, ggml_type] = reason(error)
         log.warning(
             "the %s that multiplies few rows does not work for %s, another program takes over: %s",
             name_of(launch.program),
             ggml_type.name,
-            error,
+            reason(error),
         )
         return linear(x, data, ggml_type, shape, bias)
     return out

@@ -21,6 +21,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .dependent import gdc_wait
+
 
 @triton.jit
 def add(a, b):
@@ -74,8 +76,9 @@ def dequantize(
     PER_BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
     LANES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
-    """Store the elements of all blocks of `src` to `out`.
+    """Store the elements of all blocks of `src` to `out`; DEPENDENT: see dependent.py.
 
     The program's own offset is 64-bit and scalar, offsets within a program are 32-bit: more than 2^31 elements cost
     nothing. `n_blocks >> 31` is zero, which the compiler cannot know. [Note: Magic]
@@ -87,6 +90,8 @@ def dequantize(
     out += first.to(tl.int64) * ELEMENTS
     magic = 0x4B000000 + (n_blocks >> 31)
     at, offsets, own = CHUNKS(lane % PER_BLOCK, PER_BLOCK)
+    if DEPENDENT:
+        gdc_wait()
     q, scale, d, minimum, minus = DECODE(src + block * BYTES, lane % PER_BLOCK, magic, table, ALIGN, PER_BLOCK)
     out += block * ELEMENTS + at
     for k in tl.static_range(len(q)):
