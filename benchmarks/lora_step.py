@@ -14,9 +14,13 @@ other, each between runs without any LoRA:
                first step takes without one. Its parts: reading the file; finding the weights by name; the factors'
                way to the GPU; and the first step, beyond one without. Kernels that are started for the first time in
                this process (and that Triton compiles if it never has on this machine) begin to compile when the file
-               is opened, and the first step waits for what is left of that
-    step       median of the later steps of 1024 x 1024 and 256 x 256 pixels, and relative to without
-    vram       bytes allocated on the device while sampling beyond those without, and those of the adapters
+               is opened, and the first step waits for what is left of that. Those for common ranks are compiled
+               while nobody runs the model after its first run (`idle_s`, before the first case; with --at-once nobody
+               waits for that, as if the LoRA were chosen in the instant in which the first pictures are there)
+    step       median of the later steps of 1024 x 1024 and 256 x 256 pixels; `to_without` is the mean of two runs with
+               the LoRA over that of the run before it and the run after it
+    vram       the most that was allocated on the device while sampling, beyond the most without; what is allocated
+               between two runs, likewise; and the bytes of the adapters
 
 `auto`, `runtime` and `merge` are the node's modes; `core` is ComfyUI's own arithmetic at each use of the weight (the
 way of every adapter that is no plain LoRA), or, with another loader, ComfyUI's own LoRA node, which writes into plain
@@ -30,6 +34,7 @@ import importlib
 import json
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -79,7 +84,9 @@ def adapters_of(words: list[str]) -> list[tuple[int, int, str]]:
     return [(int(rank), int(count), way) for rank, count, way in (word.replace(":", "x").split("x") for word in words)]
 
 
-def worker(named: str, folder: Path, out: Path, quick: bool, wanted: list[tuple[int, int, str]]) -> None:
+def worker(
+    named: str, folder: Path, out: Path, quick: bool, wanted: list[tuple[int, int, str]], at_once: bool = False
+) -> None:
     """Run one case; what is known is written after every adapter, for whoever ends this early."""
     flux_step.start_host(dynamic=False)
     flux_step.STEPS = 5
@@ -126,10 +133,17 @@ def worker(named: str, folder: Path, out: Path, quick: bool, wanted: list[tuple[
     small = sample(model, 32)
     first, step, _ = sample(model)
     result["without"] = {"first_s": first, "step_ms": step, "small_step_ms": sample(model, 32)[1], "cold": small[1]}
+    start = time.perf_counter()
+    while not at_once and any(thread.name == "sluice-compile-idle" for thread in threading.enumerate()):
+        time.sleep(0.02)
+    result["idle_s"] = time.perf_counter() - start
+    print(named, json.dumps({"without": result["without"], "idle_s": result["idle_s"]}), flush=True)
     reference, cases = None, (CASES if ours else THEIR_CASES)[: QUICK if quick else None]
     for rank, count, way in wanted or cases:
+        torch.cuda.reset_peak_memory_stats()
         before_first, before_step, _ = sample(model)
         _, before_small, _ = sample(model, 32)
+        before_peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         before_memory, kernels = torch.cuda.memory_allocated(), kept_kernels()
         start = time.perf_counter()
@@ -148,10 +162,10 @@ def worker(named: str, folder: Path, out: Path, quick: bool, wanted: list[tuple[
             **{"names_s": applied_s - spent.get("read_s", 0), "to_gpu_s": loaded_s - applied_s},
             **{"first_step_s": first - before_first, "new_kernels": kept_kernels() - kernels},
             "step_ms": [step, step2],
-            "to_without": min(step, step2) / before_step,
             "small_step_ms": (small_step := sample(patcher, 32)[1]),
             "small_to_without": small_step / before_small,
-            "vram_mb": (torch.cuda.memory_allocated() - before_memory) / 1e6,
+            "vram_mb": (torch.cuda.max_memory_allocated() - before_peak) / 1e6,
+            "vram_kept_mb": (torch.cuda.memory_allocated() - before_memory) / 1e6,
             "adapter_mb": count * sum(rank * (n + k) * 2 for n, k in weights.values()) / 1e6,
             "finite": bool(image.isfinite().all()),
             "run_2_to_run_1": float((image2 - image).norm() / image.norm()),
@@ -160,7 +174,9 @@ def worker(named: str, folder: Path, out: Path, quick: bool, wanted: list[tuple[
             reference = image if way == "auto" else reference
             case["to_auto"] = float((image - reference).norm() / reference.norm()) if reference is not None else None
         del patcher, image, image2
-        sample(model, 32)
+        _, after_step, _ = sample(model)
+        case["without_ms"] = [before_step, after_step]
+        case["to_without"] = (step + step2) / (before_step + after_step)
         case["vram_after_mb"] = (torch.cuda.memory_allocated() - before_memory) / 1e6
         result["cases"].append(case)
         out.write_text(json.dumps(result), encoding="utf-8")
@@ -239,10 +255,11 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", default=DEFAULT_CASES)
     parser.add_argument("--quick", action="store_true", help="the first cases only")
     parser.add_argument("--adapters", nargs="+", default=[], metavar="RANKxCOUNT:WAY", help="these, not the usual ones")
+    parser.add_argument("--at-once", action="store_true", help="do not wait for what is compiled in idle time")
     parser.add_argument("--role", choices=("worker",), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.role:
-        return worker(args.cases[0], args.work, args.out, args.quick, adapters_of(args.adapters))
+        return worker(args.cases[0], args.work, args.out, args.quick, adapters_of(args.adapters), args.at_once)
     args.work.mkdir(parents=True, exist_ok=True)
     kinds = {case.partition(":")[0] for case in args.cases}
     missing = [kind for kind in kinds if not flux_step.checkpoint(args.work, kind).exists()]
@@ -254,6 +271,7 @@ def main() -> None:
         answer.unlink(missing_ok=True)
         command = [sys.executable, str(HERE), "--role", "worker", "--work", str(args.work), "--out", str(answer)]
         options = [*(["--quick"] if args.quick else []), *(["--adapters", *args.adapters] if args.adapters else [])]
+        options += ["--at-once"] if args.at_once else []
         subprocess.run([*command, case, *options], check=False)
         if answer.exists():
             report["results"][case] = json.loads(answer.read_text(encoding="utf-8"))

@@ -16,6 +16,7 @@ import uuid
 import weakref
 from collections.abc import Iterable
 from functools import cache, partial
+from math import prod
 from typing import Any
 
 import comfy.hooks
@@ -29,9 +30,10 @@ from .cold_weights import read_weights_ahead
 from .exchange import Loaded, exchange
 from .gguf.reader import GGUFFile
 from .gguf.types import GGMLType
+from .named_tensors import named_tensors
 from .ops import MappedLayer
 from .patch_at_use import LowRankAtUse, PatchAtUse, joined, of_network, patch_at_use
-from .quant.early import Wanted, compile_soon
+from .quant.early import COMMON_RANKS, LONGEST, Wanted, busy, compile_soon, compile_when_idle, done
 from .quant.layout import dense, is_gguf
 from .saving import LazyWeight
 from .uploads import uploading
@@ -97,7 +99,7 @@ class PatchingAtUse(ModelPatcher):
         return self._add(patches, strength, 1.0, way)
 
     def _add(self, patches: dict, strength_patch: float, strength_model: float, way: str) -> list:
-        weights = dict(self.model.named_parameters())
+        weights = dict(named_tensors(self.model))
         accepted, others, patched = [], {}, {}
         for key, adapter in patches.items():
             name, offset, function = (key, None, None) if isinstance(key, str) else (*key, None)[:3]
@@ -119,15 +121,33 @@ class PatchingAtUse(ModelPatcher):
 
     def expect_rank(self, rank: int) -> None:
         """A LoRA is about to be added that has `rank` on most weights: it is being read."""
-        matrices = [(n, w) for n, w in self.model.named_parameters() if is_gguf(w) and len(w._params.orig_shape) == 2]
+        compile_soon(self._kernels_for(rank))
+
+    def pre_run(self) -> None:
+        busy(LONGEST)
+        super().pre_run()
+
+    def cleanup(self) -> None:
+        """What the host calls when a run has ended."""
+        super().cleanup()
+        done()
+        if self.load_device.type == "cuda" and "_sluice_ran" not in self.model.__dict__:
+            self.model.__dict__["_sluice_ran"] = True
+            compile_when_idle(wanted for rank in COMMON_RANKS for wanted in self._kernels_for(rank, beside=False))
+
+    def _kernels_for(self, rank: int, beside: bool = True) -> list[Wanted]:
+        """What a LoRA of `rank` on all matrices, `beside` those that there are, would need for most of them."""
+        matrices = [(n, w) for n, w in named_tensors(self.model) if is_gguf(w) and len(w._params.orig_shape) == 2]
         by_type: dict[GGMLType, list[Wanted]] = {}
         for name, weight in matrices:
-            params, there = weight._params, sum(f.rank for f in self._wrapped(name) if isinstance(f, LowRankAtUse))
-            (rows, columns), added = params.orig_shape, ((0, params.orig_shape[0], there + rank),)
-            wanted = Wanted(self.load_device, params.ggml_type, params.orig_dtype, (rows, columns), added)
+            params, there = weight._params, self._wrapped(name) if beside else ()
+            ranks = rank + sum(function.rank for function in there if isinstance(function, LowRankAtUse))
+            rows, columns = params.orig_shape
+            wanted = Wanted(self.load_device, params.ggml_type, params.orig_dtype, (rows, columns), ((0, rows, ranks),))
             by_type.setdefault(params.ggml_type, []).append(wanted)
         often = (found for found in by_type.values() if len(found) >= len(matrices) / 10)
-        compile_soon(max(found, key=lambda wanted: wanted.parts[0][2]) for found in often)
+        # A kernel serves all shapes but the smallest.
+        return [max(found, key=lambda wanted: (wanted.parts[0][2], prod(wanted.shape))) for found in often]
 
     def _reshapes(self, patch: tuple, weight: torch.Tensor, name: str) -> bool:
         """Whether the patch changes the weight's shape; then what was added before it goes the host's way, too."""
@@ -174,6 +194,7 @@ class PatchingAtUse(ModelPatcher):
 
     def load(self, device_to: torch.device | None = None, *args: Any, **kwargs: Any) -> None:
         device = self.load_device if device_to is None else device_to
+        busy()
         self._before_loading(device)
         with uploading(device, compat.may_pin_memory()):
             super().load(device_to, *args, **kwargs)
@@ -204,8 +225,12 @@ class PatchingAtUse(ModelPatcher):
         loaded, current = self.model.__dict__.get("_sluice_loaded"), self.model.current_weight_patches_uuid
         if loaded is not None and current not in (None, self.patches_uuid):
             self.unpatch_hooks()
-            with uploading(device_to, compat.may_pin_memory()):
-                exchanged = exchange(self, loaded, device_to)
+            try:
+                with uploading(device_to, compat.may_pin_memory()):
+                    exchanged = exchange(self, loaded, device_to)
+            except BaseException:
+                self.detach()
+                raise
             if exchanged:
                 self.model.__dict__["_sluice_loaded"] = Loaded.by(self)
                 self.model.current_weight_patches_uuid = self.patches_uuid

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
@@ -19,8 +18,10 @@ import comfy.lora_convert
 import comfy.utils
 import torch
 
+from ..loaders.named_tensors import named_tensors
 from . import keys
 from .fit import fits
+from .garbage import put_off
 from .read import AdapterFile, LoraError
 
 log = logging.getLogger("sluice.lora")
@@ -71,6 +72,7 @@ class Applied:
         )
 
 
+@put_off()
 def apply(
     adapter: AdapterFile, model: Any, clip: Any, strength_model: float, strength_clip: float, way: str = "auto"
 ) -> Applied:
@@ -131,8 +133,7 @@ class _Network:
     @staticmethod
     def of(network: torch.nn.Module, host_keys: Callable[[torch.nn.Module, dict], dict]) -> _Network:
         # A state dict would wrap every quantised weight anew.
-        tensors = chain(network.named_parameters(remove_duplicate=False), network.named_buffers(remove_duplicate=False))
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors}
+        shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(network, buffers=True)}
         known = _known.get(network)
         if known is None or known.shapes != shapes:
             known = _known[network] = _Network(shapes, host_keys(network, {}))

@@ -101,8 +101,13 @@ def _with_prefix(stem: str, known: Collection[str]) -> str:
 def concerned(names: Mapping[str, Value], tensors: Collection[str]) -> dict[str, Value]:
     """Those of ComfyUI's `names` that a tensor's name goes on from, with `.` or `_`: it looks for all that an adapter
     may have of each, and knows a weight by a dozen names."""
-    stems = {name[: joint.start()] for name in tensors for joint in _JOINTS.finditer(name)}
+    stems = {stem for name in tensors for stem in _stems(name)}
     return {name: target for name, target in names.items() if name in stems}
+
+
+@lru_cache(maxsize=1 << 14)
+def _stems(name: str) -> tuple[str, ...]:
+    return tuple(name[: joint.start()] for joint in _JOINTS.finditer(name))
 
 
 def is_for_text_encoder(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import pickle
 import struct
@@ -14,13 +15,15 @@ import builders as b
 import numpy as np
 import pytest
 import torch
+from pack.loaders import safetensors_header
 from pack.loaders.gguf.errors import GGUFError
 from pack.loaders.gguf.types import GGMLType
 from pack.loaders.quant import reference
 from pack.loaders.safetensors_header import DTYPES, MalformedError
-from pack.lora import keys
+from pack.lora import filling, keys
 from pack.lora import read as reading
 from pack.lora.cache import AdapterCache, CacheState
+from pack.lora.garbage import put_off
 from pack.lora.read import LoraError, read
 from safetensors.torch import save_file
 
@@ -62,16 +65,46 @@ def test_vectors_and_numbers_keep_their_precision(tmp_path: Path) -> None:
 
 
 def test_large_and_many_tensors_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "BATCH_BYTES", 10_000)  # so that every thread has some
+    monkeypatch.setattr(filling, "BATCH_BYTES", 10_000)  # so that every thread has some
+    monkeypatch.setattr(filling, "SINGLE_BYTES", 0)
     generator = torch.Generator().manual_seed(2)
     tensors = {f"{n}.wide": torch.randn(40, 37 * n, generator=generator) for n in range(1, 40)}
     tensors |= {f"{n}.short": torch.randn(40, 37 * n, generator=generator).half() for n in range(1, 40)}
-    tensors["large"] = torch.randn(3, reading.STAGED, generator=generator)[:, :-1].contiguous()
+    tensors["large"] = torch.randn(3, filling.STAGED, generator=generator)[:, :-1].contiguous()
     save_file(tensors, tmp_path / "a.safetensors")
     with torch.inference_mode():  # as nodes run
         found = read(tmp_path / "a.safetensors").tensors
     assert all(torch.equal(found[k], t.bfloat16() if t.dtype == torch.float32 else t) for k, t in tensors.items())
     found["large"].add_(1)  # of no inference mode
+
+
+def test_runs_of_kept_tensors_end_where_a_type_would_lie_at_an_odd_address(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(4)
+    given: dict[str, torch.Tensor] = {}
+    for n in range(30):  # in a file of ours tensors lie in any order, and of any length
+        given[f"{n}.byte"] = torch.randint(0, 255, (2 * n + 1,), dtype=torch.uint8, generator=generator)
+        given[f"{n}.half"] = torch.randn(7, n, generator=generator).half()
+        given[f"{n}.alpha"] = torch.randn((), generator=generator)
+        given[f"{n}.wide"] = torch.randn(5, n, generator=generator)
+        given[f"{n}.large"] = torch.randn(331, 251 + n, generator=generator).bfloat16()
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header, data = {}, b""
+    for name, tensor in given.items():
+        raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+        place = [len(data), len(data) + len(raw)]
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
+        data += raw
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(raw_safetensors(header, data))
+    assert len(data) > 2 * filling.HUGE_PAGE
+    found = read(path).tensors
+    assert list(found) == list(given)
+    for name, tensor in given.items():
+        wanted = tensor.bfloat16() if name.endswith("wide") and tensor.shape[1] > 1 else tensor
+        assert found[name].dtype == wanted.dtype and torch.equal(found[name], wanted), name
+    with path.open("rb") as file:
+        _, jobs = filling.lay_out(safetensors_header.parse(file, path.stat().st_size)[0])
+    assert len(jobs) < len(given)
 
 
 def test_a_file_that_is_replaced_while_it_is_read_is_an_error(tmp_path: Path) -> None:
@@ -81,7 +114,20 @@ def test_a_file_that_is_replaced_while_it_is_read_is_an_error(tmp_path: Path) ->
     with one.open("rb") as opened:
         other.replace(one)
         with pytest.raises(MalformedError, match="replaced"):
-            reading._fill({"t": torch.empty(8, 8)}, one, opened, [])
+            filling.fill_batch(one, opened, [])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_file_that_is_cut_while_it_is_read_is_an_error(tmp_path: Path, dtype: torch.dtype) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({f"{n}": torch.rand(8, 8).to(dtype) for n in range(5)}, path)
+    with path.open("rb") as opened:
+        entries, _ = safetensors_header.parse(opened, path.stat().st_size)
+        _, jobs = filling.lay_out(entries)
+        with path.open("r+b") as file:
+            file.truncate(entries[2].offset + 9)
+        with pytest.raises(MalformedError, match="ends within tensor '2'"):
+            filling.fill(path, opened, jobs, lambda nbytes: None)
 
 
 @pytest.mark.parametrize(
@@ -144,6 +190,20 @@ def _zip(value: object, path: Path) -> None:
 def test_missing_file_is_an_error_of_the_same_form(tmp_path: Path) -> None:
     with pytest.raises(LoraError, match=r"gone\.safetensors: it cannot be read .*; check its name"):
         read(tmp_path / "gone.safetensors")
+
+
+def test_garbage_is_looked_for_again_after_an_error_and_left_alone_where_it_was(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(raw_safetensors(b"{nonsense"))
+    for enabled in (True, False):
+        (gc.enable if enabled else gc.disable)()
+        try:
+            with pytest.raises(LoraError):
+                read(tmp_path / "a.safetensors")
+            with put_off(), put_off():
+                assert not gc.isenabled()
+            assert gc.isenabled() == enabled
+        finally:
+            gc.enable()
 
 
 # --- GGUF
@@ -283,13 +343,13 @@ def test_rank_is_told_before_the_tensors_are_read(
     pairs = {f"{STEM}.{i}.{ending}": rank for i, rank in enumerate((8, 4, 4)) for ending in endings}
     tensors = {n: torch.zeros((64, r) if n.endswith(endings[0]) else (r, 64)) for n, r in pairs.items()}
     save_file(tensors, path)
-    fill = reading._fill
+    fill = reading.fill
 
-    def filling(*given: Any) -> None:
+    def telling(*given: Any) -> None:
         told.append("read")
         fill(*given)
 
-    monkeypatch.setattr(reading, "_fill", filling)
+    monkeypatch.setattr(reading, "fill", telling)
     cache = AdapterCache(bound_bytes=1 << 20)
     for _ in range(2):
         cache.get(path, told.append)

@@ -6,7 +6,7 @@ Run as `model_checks.py` is, whose modes and host set-up these checks share.
 from __future__ import annotations
 
 import logging
-import threading
+from collections import Counter
 
 from host import model_checks as base  # switches the host to the mode that the command line names, so it comes first
 
@@ -21,6 +21,7 @@ from pack.loaders.diffusion import load_diffusion_model
 from pack.loaders.low_rank import WAYS
 from pack.loaders.patch_at_use import LowRankAtUse
 from pack.loaders.quant.dispatch import kept_kernels
+from pack.loaders.quant.early import COMMON_RANKS
 from pack.lora.apply import ATTACHMENT, Applied, apply
 from pack.lora.read import AdapterFile, LoraError, read
 from pack.offload.adapters import Adapters, AdapterStream
@@ -99,16 +100,46 @@ def check_step_one_equals_step_two() -> None:
 def check_a_step_finds_its_kernels_compiled() -> None:
     """On a GPU, from when the LoRA was chosen; on a CPU there are none."""
     patcher = load_diffusion_model(GGUF)
-    plain, before = latent(patcher, steps=1), kept_kernels()
-    ours = adapted(patcher, adapter=read(LORA, patcher.expect_rank))
+    rank = 5  # no common one
+    adapter_of(of_rank(rank, weights(patcher)))
+    plain, before = latent(patcher, steps=1), compiled()
+    ours = adapted(patcher, adapter=read(FOLDER / "made.safetensors", patcher.expect_rank))
     comfy.model_management.load_models_gpu([ours])
-    for thread in threading.enumerate():
-        if thread.name == "sluice-compile":
-            thread.join(60)
-    ahead = kept_kernels()
+    ahead = compiled()
     assert (ahead > before) == ON_GPU
     assert not near(latent(ours, steps=1), plain)
-    assert kept_kernels() == ahead, "the step asked for another kernel"
+    assert compiled() == ahead, "the step asked for another kernel"
+
+
+def of_rank(rank: int, found: dict) -> dict[str, torch.Tensor]:
+    """The tensors of a LoRA for these weights, where they are matrices."""
+    matrices = [(_kohya(name.removesuffix(".weight")), weight) for name, weight in found.items() if weight.dim() == 2]
+    made = {}
+    for seed, (name, weight) in enumerate(matrices):
+        made |= low_rank(name, *weight.shape, rank, seed)
+    return made
+
+
+def compiled() -> int:
+    """How many kernels are kept when nobody compiles any more, in idle time either."""
+    base.compilers_done()
+    return kept_kernels()
+
+
+def check_common_ranks_are_compiled_after_the_first_run() -> None:
+    patcher = load_diffusion_model(GGUF)
+    plain, found = latent(patcher, steps=1), weights(patcher)
+    ahead = compiled()
+    assert (ahead > 0) == ON_GPU
+    types = Counter(weight._params.ggml_type for weight in found.values() if weight.dim() == 2)
+    most = types.most_common(1)[0][0]
+    sizes = [weight.numel() for weight in found.values() if weight.dim() == 2 and weight._params.ggml_type == most]
+    (wanted,) = (one for one in patcher._kernels_for(16) if one.ggml_type == most)
+    assert wanted.shape[0] * wanted.shape[1] == max(sizes) > min(sizes), "there is no kernel for small ones"
+    for rank in COMMON_RANKS:
+        adapter = adapter_of(of_rank(rank, {n: w for n, w in found.items() if w._params.ggml_type == most}))
+        assert not torch.equal(latent(adapted(patcher, adapter=adapter), steps=1), plain)
+        assert compiled() == ahead, rank
 
 
 def check_on_off_on() -> None:
@@ -408,6 +439,40 @@ def check_a_change_reloads_nothing() -> None:
             latent(adapted(patcher, adapter=adapter), steps=1)
             latent(patcher, steps=1)
             assert patcher.model.model_loaded_weight_memory == memory > 0
+
+
+def check_a_change_on_a_streamed_model_loads_nothing() -> None:
+    if MODE not in ("classic", "gpu-classic"):
+        return
+    loads: list[str] = []
+    for blocks in (0, 2):
+        streamed = apply_block_swap(load_diffusion_model(GGUF), SwapRequest(blocks_to_swap=blocks))
+        streamed.add_callback(CallbacksMP.ON_LOAD, lambda *_: loads.append("load"))
+        off = latent(streamed, steps=1)
+        memory = streamed.model.model_loaded_weight_memory
+        names = {_kohya(name.removesuffix(".weight")) for name in weights(streamed)}
+        adapter = adapter_of({n: tensor for n, tensor in load_file(LORA).items() if n.split(".")[0] in names})
+        stack = adapted(adapted(streamed, adapter=adapter), "merge", 0.5, adapter)
+        apart = [stack, adapted(streamed, "runtime", 0.5, adapter), adapted(streamed, adapter=adapter)]
+        expected = []
+        for ours in apart:  # each on a model that has just been loaded
+            comfy.model_management.unload_all_models()
+            expected.append(latent(ours, steps=1))
+        assert not any(torch.equal(one, off) for one in expected), "the LoRA changes nothing"
+        assert torch.equal(latent(streamed, steps=1), off), "it left something behind"
+        loads.clear()
+        for _ in range(2):
+            for ours, wanted in zip(apart, expected, strict=True):
+                assert torch.equal(latent(ours, steps=1), wanted)
+                there = {id(f) for fs in ours.weight_wrapper_patches.values() for f in fs}
+                assert {id(f) for f in functions(ours)} == there
+                assert ours.model.model_loaded_weight_memory == memory + ours.adapter_bytes
+        assert torch.equal(latent(streamed, steps=1), off) and not functions(streamed)
+        assert streamed.model.model_loaded_weight_memory == memory
+        assert not loads, "the model was loaded again"
+        hooked = hooked_latent(stack)
+        assert torch.equal(latent(stack, steps=1), expected[0]) and not torch.equal(hooked, expected[0])
+        assert not loads
 
 
 def _kohya(name: str) -> str:
