@@ -8,7 +8,7 @@ the rest) no two of the first two fit together, and the diffusion model does not
 its own, in which are measured
 
     alone      while all VRAM is free: before each stage everything is unloaded, so a stage is loading its model and its
-               work; and each stage again, loaded already
+               work; and each stage again, loaded already. In the first mode's process, for all modes
     MODE       with the ballast: the next pictures of a queue, from the text to the pixels, after one that warms up
     switch     from the host being asked for the next model to its weights being there, with what had to leave: its
                bytes on the device over that time, beside the rate of one copy from pinned memory. The first time is
@@ -240,7 +240,7 @@ def measured(case: str, args: argparse.Namespace) -> dict:
     fresh = memory_mb()
     result: dict[str, Any] = {"case": case, "link_gb_s": link, "alone": [], "pictures": []}
     free = Studio(*load_both(args.work, size), vae, size, args.steps)
-    for number in range(1 + args.pictures):
+    for number in range(1 + args.alone):
         found = alone(free)
         result["alone"] += [found] if number else []
     disposed(free)
@@ -312,7 +312,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--free", type=float, default=10, help="GB of VRAM to leave")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--pictures", type=int, default=2, help="of a mode and alone, after one to warm up")
+    parser.add_argument("--pictures", type=int, default=2, help="of a mode, after one to warm up")
+    parser.add_argument(
+        "--alone", type=int, default=2, help="times each stage is run alone, in the first mode's process"
+    )
     parser.add_argument("--dynamic", action="store_true", help="with the host's dynamic VRAM")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--role", choices=("worker", "make"), help=argparse.SUPPRESS)
@@ -332,7 +335,8 @@ def main() -> None:
         answer.unlink(missing_ok=True)
         role = "make" if case == "make" else "worker"
         options = ["--role", role, "--work", str(args.work), "--out", str(answer)]
-        options += [part for dial in ("free", "steps", "pictures") for part in (f"--{dial}", str(vars(args)[dial]))]
+        dials = {"free": args.free, "steps": args.steps, "pictures": args.pictures, "alone": 0 if found else args.alone}
+        options += [part for dial, value in dials.items() for part in (f"--{dial}", str(value))]
         options += [*(f"--{dial}" for dial in ("small", "dynamic") if vars(args)[dial]), case]
         start = time.perf_counter()
         done = subprocess.run([*inside_the_host(), *options], capture_output=True, text=True)
@@ -341,7 +345,7 @@ def main() -> None:
             assert done.returncode == 0, done.stderr[-3000:]
         elif answer.exists():
             found.append(json.loads(answer.read_text(encoding="utf-8")))
-            print(told(found[-1]), flush=True)
+            print(told(found[-1], found[0]["alone"]), flush=True)
         else:
             print(f"failed\n{done.stderr[-3000:]}", flush=True)
     report = {"hardware": hardware(), "free_gb": args.free, "steps": args.steps, "command": " ".join(sys.argv)}
@@ -356,15 +360,17 @@ def inside_the_host() -> list[str]:
     return [sys.executable, str(HERE.parent / "tools" / "launch.py"), host, str(Path(__file__).resolve())]
 
 
-def told(found: dict) -> str:
-    """The figures of one mode, a line each."""
+def told(found: dict, alone: list[dict]) -> str:
+    """The figures of one mode, a line each, beside those of the stages alone."""
     case, link, memory = found["case"], found["link_gb_s"], found["memory_mb"]
     total = median(picture["total"] for picture in found["pictures"])
-    whole, loaded = (median(picture[name] for picture in found["alone"]) for name in ("total", "total_loaded"))
-    lines = [
-        f"{case}: {total:.3f} s a picture; its stages alone {whole:.3f} s: {total / whole:.3f} x "
-        f"(loaded already {loaded:.3f} s: {total / loaded:.3f} x)"
-    ]
+    lines = [f"{case}: {total:.3f} s a picture"]
+    if alone:
+        whole, loaded = (median(picture[name] for picture in alone) for name in ("total", "total_loaded"))
+        lines[0] += (
+            f"; its stages alone {whole:.3f} s: {total / whole:.3f} x "
+            f"(loaded already {loaded:.3f} s: {total / loaded:.3f} x)"
+        )
     for when, switches in (("first", found["first_switches"]), ("later", found["switches"])):
         for one in switches:
             milliseconds, copy = one["seconds"] * 1e3, one["bytes"] / link / 1e6

@@ -134,11 +134,13 @@ def may_pin_memory() -> bool:
 
 
 _accounted = 0  # bytes of ours in the host's count of locked memory
+_counting = threading.Lock()
 
 
 def pinned_memory_left() -> int:
     """Bytes that the host would still lock."""
-    _recount()
+    with _counting:
+        _recount()
     most = comfy.model_management.MAX_PINNED_MEMORY
     return max(0, int(most - comfy.model_management.TOTAL_PINNED_MEMORY)) if most > 0 else 0
 
@@ -146,9 +148,10 @@ def pinned_memory_left() -> int:
 def account_pinned(nbytes: int) -> None:
     """Add to what the host counts as locked memory; negative when it is given back."""
     global _accounted
-    _recount()
-    _accounted += nbytes
-    comfy.model_management.TOTAL_PINNED_MEMORY += nbytes
+    with _counting:
+        _recount()
+        _accounted += nbytes
+        comfy.model_management.TOTAL_PINNED_MEMORY += nbytes
 
 
 def _recount() -> None:

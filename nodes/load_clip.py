@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import comfy.model_management
 import comfy.sd
 import folder_paths
 import torch
@@ -14,6 +17,7 @@ FOLDERS = "sluice_text_encoders"
 NONE = "none"
 NAMES = ("clip_name1", "clip_name2", "clip_name3", "clip_name4")
 DEVICES = {"default": None, "cpu": torch.device("cpu")}
+MARGIN = 1.1  # as ComfyUI multiplies what it is about to load
 
 
 class LoadCLIP(io.ComfyNode):
@@ -102,14 +106,22 @@ class LoadCLIP(io.ComfyNode):
         paths = [model_files.find(FOLDERS, name) for name in names]
         embeddings = folder_paths.get_folder_paths("embeddings")
         in_place, _ = wanted(DEVICES[device])
-        # Where the host's dynamic VRAM is on, the encoder is of that kind, as ComfyUI's own loader makes it: it
-        # computes also where it does not fit whole, and leaves without a copy for what ComfyUI loads next. A classic
-        # one would come back at the link's speed behind Offload Mode (`attach_arrival`), but one that does not fit
-        # would be left to the host's slowest way. Which of the two is faster in all was not measured.
-        clip = load_text_encoder(paths, type, DEVICES[device], embeddings, disable_dynamic=in_place)
+        classic = in_place or _fits([Path(path) for path in paths], DEVICES[device])
+        clip = load_text_encoder(paths, type, DEVICES[device], embeddings, disable_dynamic=classic)
         in_place_if_wanted(arriving(clip.patcher))
         return io.NodeOutput(clip)
 
 
 def _chosen(*names: str | None) -> list[str]:
     return [name for name in names if name not in (None, NONE)]
+
+
+def _fits(paths: list[Path], device: torch.device | None) -> bool:
+    """Whether a GPU has room for all of a text encoder in GGUF files. It is then faster as a model of the classic kind,
+    also where ComfyUI's dynamic VRAM is on: it comes at the link's speed, out of the system's cache and without a copy
+    of its own in RAM (benchmarks/results/stages_h200.txt). One that does not fit is better off with dynamic VRAM."""
+    if not any(path.suffix.lower() == ".gguf" for path in paths):
+        return False
+    device = comfy.model_management.text_encoder_device() if device is None else device
+    room = comfy.model_management.get_total_memory(device) - comfy.model_management.minimum_inference_memory()
+    return device.type == "cuda" and MARGIN * sum(path.stat().st_size for path in paths) <= room

@@ -11,7 +11,7 @@ text encoder takes half as long as its copies, is done while they run.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 
 import psutil
 import torch
@@ -21,6 +21,7 @@ from .device import Device
 from .errors import SourceError
 from .files import OpenFiles, Weight
 from .kept import KeptPages
+from .pack import EACH_BYTES, Pack, can_pack
 from .slots import Located, Slot
 from .stretches import Crossing, copied, under_way
 
@@ -37,10 +38,10 @@ class OnTheWay:
     still run; until `wait`, nothing of them may be let go of."""
 
     def __init__(
-        self, parameters: list[torch.nn.Parameter], crossing: Crossing | None = None, watch: Watch = unwatched
+        self, parameters: list[torch.nn.Parameter], crossings: Sequence[Crossing | Pack] = (), watch: Watch = unwatched
     ) -> None:
         self.parameters = parameters
-        self._crossing, self._watch = crossing, watch
+        self._crossings, self._watch = list(crossings), watch
 
     def wait(self) -> list[torch.nn.Parameter]:
         """The parameters, complete.
@@ -48,11 +49,12 @@ class OnTheWay:
         Raises:
             SourceError: a file was changed meanwhile: they are not what was loaded.
         """
-        if self._crossing is not None:
-            nbytes = self._crossing.nbytes
+        if self._crossings:
+            nbytes = sum(crossing.nbytes for crossing in self._crossings)
             try:
                 with self._watch("copying weights", nbytes) as told:
-                    self._crossing.finish()
+                    for crossing in self._crossings:
+                        crossing.finish()
                     told(nbytes)
             finally:
                 self.close()
@@ -60,9 +62,8 @@ class OnTheWay:
 
     def close(self) -> None:
         """Wait, whatever has arrived."""
-        if self._crossing is not None:
-            crossing, self._crossing = self._crossing, None
-            crossing.close()
+        while self._crossings:
+            self._crossings.pop().close()
 
 
 def send(
@@ -93,26 +94,30 @@ def send(
     }
     unlocked = {k for k, one in enumerate(weights) if one.file is not None and not (kept and kept.holds(one))}
     _read_ahead([weights[k] for k in sorted(unlocked)], watch)
-    refusal = _refusal(as_stored, device, may_pin)
+    refusal = _refusal(as_stored, unlocked, device, may_pin)
+    others = [k for k in range(len(slots)) if k not in as_stored]
+    packed = [k for k in others if weights[k].nbytes <= EACH_BYTES] if refusal is None else []
+    packed = packed if can_pack(device, [weights[k].nbytes for k in packed]) else []
     arrived: dict[int, torch.nn.Parameter] = {}
+    crossings: list[Crossing | Pack] = []
     if refusal is None and kept is not None and unlocked.isdisjoint(as_stored):
         # First, for behind the others these copies would wait for all of them (measured on an H200).
-        arrived = {
-            k: slot.moved(device.torch_device, dtype_of(slot), at_once=True)
-            for k, slot in enumerate(slots)
-            if k not in as_stored
-        }
+        alone = set(others).difference(packed)
+        arrived = {k: slots[k].moved(device.torch_device, dtype_of(slots[k]), at_once=True) for k in alone}
         if (crossing := under_way(as_stored, device, kept)) is not None:
+            crossings.append(crossing)
             try:
-                places = crossing.arrived()
-                arrived.update((k, slots[k].over(place)) for k, place in places.items())
+                arrived.update((k, slots[k].over(place)) for k, place in crossing.arrived().items())
+                if packed:
+                    crossings.append(pack := Pack([slots[k].as_moved(dtype_of(slots[k])) for k in packed], device))
+                    arrived.update((k, slots[k].over_moved(t)) for k, t in zip(packed, pack.arrived, strict=True))
             except BaseException:
-                crossing.close()
+                OnTheWay([], crossings).close()
                 raise
-            return OnTheWay([arrived[k] for k in range(len(slots))], crossing, watch)
+            return OnTheWay([arrived[k] for k in range(len(slots))], crossings, watch)
     with watch("copying weights", sum(weight.nbytes for weight in weights)) as told:
         there: dict[int, torch.Tensor] = {}
-        if refusal is None:
+        if refusal is None and as_stored:
             there, refusal = copied(as_stored, device, told, kept)
         if refusal:
             log.debug("weights go to the GPU through pageable memory: %s", refusal)
@@ -126,9 +131,9 @@ def send(
     return OnTheWay([arrived[k] for k in range(len(slots))])
 
 
-def _refusal(weights: Mapping[int, Weight], device: Device, may_pin: bool) -> str | None:
-    """Why these do not come through locked pages, empty where they are too few; None: they do."""
-    if sum(weight.nbytes for weight in weights.values()) < WORTH_LOCKING:
+def _refusal(weights: Mapping[int, Weight], unlocked: Set[int], device: Device, may_pin: bool) -> str | None:
+    """Why these do not come through locked pages, empty where they are too few to lock them; None: they do."""
+    if not weights.keys().isdisjoint(unlocked) and sum(one.nbytes for one in weights.values()) < WORTH_LOCKING:
         return ""
     return device.registrar.read_only_refusal() if may_pin else "pinned memory is switched off"
 

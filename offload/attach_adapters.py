@@ -36,8 +36,10 @@ class StreamingAdapters(PatchingAtUse):
     @property
     def adapter_bytes(self) -> int:
         """The VRAM that this patcher's LoRAs take beside the plan of its weights."""
-        adapters = self._adapters()
-        return adapters.nbytes if adapter_stream_of(self.model) is None else adapters.least_bytes
+        if adapter_stream_of(self.model) is not None:
+            return self._adapters().least_bytes
+        functions = (f for found in self.weight_wrapper_patches.values() for f in found if isinstance(f, PatchAtUse))
+        return sum(f.nbytes for f in functions) if self.load_device.type != "cpu" else 0
 
     @property
     def adapters_made_room(self) -> bool:

@@ -23,7 +23,7 @@ from ..loaders import compat
 from .attach import apply_block_swap, can_stream
 from .costs import SwapRequest
 from .estimate import Answers, dry_run
-from .seats import KEY, Seat, begin, bring_back, end, loaded, open_session, seat_of, take_seat
+from .seats import KEY, Seat, begin, bring_back, end, loaded, lock_what_leaves, open_session, seat_of, take_seat
 from .stages import Moment, Part, StagePolicy
 from .streamed_patcher import StreamedPatcher
 
@@ -57,6 +57,7 @@ def attach_stages(policy: StagePolicy, model: Any = None, clip: Any = None, vae:
         vae.patcher = vae.patcher.clone()
         vae.__class__ = _watched_vae(type(vae))  # type: ignore[arg-type]
         take_seat(vae.patcher, Seat(Part.VAE, policy, session))
+    lock_what_leaves(policy, [getattr(clip, "patcher", None), model], list(present.values()))
     return model, clip, vae
 
 
@@ -85,9 +86,9 @@ def _watched_model(model: ModelPatcher, policy: StagePolicy) -> ModelPatcher:
 
 
 def _prepare(executor: Any, model: ModelPatcher, noise_shape: Any, conds: Any, *args: Any, **kwargs: Any) -> Any:
-    working, _ = comfy.sampler_helpers.estimate_memory(model, noise_shape, conds)
-    begin(Moment.SAMPLING_BEGINS, model, working)
-    return loaded(model, lambda: executor(model, noise_shape, conds, *args, **kwargs))
+    working, least = comfy.sampler_helpers.estimate_memory(model, noise_shape, conds)
+    begin(Moment.SAMPLING_BEGINS, model, working, least)
+    return loaded(model, working, lambda: executor(model, noise_shape, conds, *args, **kwargs))
 
 
 def _sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -123,7 +124,7 @@ class _WatchedCLIP:
         estimate = getattr(self.cond_stage_model, "memory_estimation_function", None)
         working = estimate(tokens, device=self.patcher.load_device) if estimate is not None else 0
         begin(Moment.TEXT_BEGINS, self.patcher, working)
-        return loaded(self.patcher, lambda: super(_WatchedCLIP, self).load_model(tokens))  # type: ignore[misc]
+        return loaded(self.patcher, working, lambda: super(_WatchedCLIP, self).load_model(tokens))  # type: ignore[misc]
 
     def encode_from_tokens(self, *args: Any, **kwargs: Any) -> Any:
         return self._encode("encode_from_tokens", args, kwargs)

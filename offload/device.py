@@ -29,9 +29,13 @@ class Device(Protocol):
 
     torch_device: torch.device
     registrar: Registrar
+    copies_by_itself: bool  # from locked memory, while the program goes on
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Uninitialised bytes. RuntimeError when there is no room."""
+
+    def staging(self, nbytes: int) -> torch.Tensor:
+        """Uninitialised bytes of host memory that a copy from needs not be waited for; to be kept until it is done."""
 
     def compute_stream(self) -> Stream:
         """The stream in which the calling thread computes now."""
@@ -65,6 +69,8 @@ class Device(Protocol):
 class CudaDevice:
     """One GPU through torch's streams and its allocator, so that the host's accounting sees the memory."""
 
+    copies_by_itself = True
+
     def __init__(self, device: torch.device) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
         self.torch_device = torch.device("cuda", index)
@@ -74,6 +80,13 @@ class CudaDevice:
     def allocate(self, nbytes: int) -> torch.Tensor:
         with torch.inference_mode(False):  # an inference tensor could not be written outside inference mode
             return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
+
+    def staging(self, nbytes: int) -> torch.Tensor:
+        with torch.inference_mode(False):
+            try:
+                return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError:  # the system locks no more; a copy from other memory is waited for
+                return torch.empty(nbytes, dtype=torch.uint8)
 
     def compute_stream(self) -> torch.cuda.Stream:
         address = torch._C._cuda_getCurrentRawStream(self.torch_device.index)
@@ -115,6 +128,8 @@ class CudaDevice:
 class HostDevice:
     """The CPU: everything happens at once."""
 
+    copies_by_itself = False
+
     def __init__(self, device: torch.device) -> None:
         self.torch_device = device
         self.registrar: Registrar = registrar_for(device)
@@ -122,6 +137,10 @@ class HostDevice:
     def allocate(self, nbytes: int) -> torch.Tensor:
         with torch.inference_mode(False):
             return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
+
+    def staging(self, nbytes: int) -> torch.Tensor:
+        with torch.inference_mode(False):
+            return torch.empty(nbytes, dtype=torch.uint8)
 
     def compute_stream(self) -> None:
         return None

@@ -96,6 +96,9 @@ class KeptPages:
         self._in_use: Counter[Cell] = Counter()
         self._users = 0
         self._guard = threading.RLock()
+        self._locking: set[Cell] = set()  # by some thread, just now
+        self._locked = threading.Condition(self._guard)
+        self.times_given_back = 0
         weakref.finalize(self, self._held.close).atexit = False  # the end of the process unlocks everything
         _all.add(self)
 
@@ -126,6 +129,7 @@ class KeptPages:
     def _lock(self, cell: Cell) -> bool:
         file, start, stop = cell
         with self._guard:
+            self._locked.wait_for(lambda: cell not in self._locking)
             here = cell in self._held.cells
             if not here and not self._room(stop - start):
                 return False
@@ -133,13 +137,18 @@ class KeptPages:
             if here:
                 return True
             self._held.limits.account(stop - start)
+            self._locking.add(cell)
         try:
             self._held.files[file].lock(start, stop)
+            self._held.cells.add(cell)
         except BaseException:
             self._held.limits.account(start - stop)
             self._let_go(cell)
             raise
-        self._held.cells.add(cell)
+        finally:
+            with self._guard:
+                self._locking.discard(cell)
+                self._locked.notify_all()
         return True
 
     def _room(self, nbytes: int) -> bool:
@@ -170,6 +179,7 @@ class KeptPages:
     def give_back(self) -> int:
         """Unlock what nobody uses; bytes."""
         with self._guard:
+            self.times_given_back += 1
             freed = self._held.unlock([cell for cell in self._held.cells if not self._in_use[cell]])
             if not self._users:
                 self._held.close()

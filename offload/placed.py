@@ -12,6 +12,7 @@ import torch
 
 from .arrival import DtypeOf, OnTheWay, send
 from .device import Device
+from .pack import Pack
 from .slots import Slot, memory_of
 from .terms import Terms
 
@@ -21,7 +22,12 @@ class Placed(dict[Slot, torch.nn.Parameter]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._on_the_way: OnTheWay | None = None
+        self._on_the_way: list[OnTheWay] = []
+
+    def also(self, pack: Pack | None) -> None:
+        """Wait for this with the rest."""
+        if pack is not None:
+            self._on_the_way.append(OnTheWay([], [pack]))
 
     def send(self, slots: Sequence[Slot], device: Device, dtype_of: DtypeOf, terms: Terms) -> None:
         """Show the network copies of `slots` on `device`; `wait` before anybody else is told that they are there.
@@ -29,11 +35,10 @@ class Placed(dict[Slot, torch.nn.Parameter]):
         Raises:
             torch.OutOfMemoryError, SourceError: nothing of them is there.
         """
-        self.wait()
         if terms.kept is None:  # else a block's weights share memory, because they leave together
             slots = sorted(slots, key=lambda slot: -slot.nbytes)
         way = send(slots, device, dtype_of, terms.located, terms.may_pin, terms.watch, terms.kept)
-        self._on_the_way = way
+        self._on_the_way.append(way)
         for slot, parameter in zip(slots, way.parameters, strict=True):
             self[slot] = parameter
             slot.show(parameter)
@@ -44,11 +49,10 @@ class Placed(dict[Slot, torch.nn.Parameter]):
         Raises:
             SourceError: it is not what was loaded; nothing is there then.
         """
-        way, self._on_the_way = self._on_the_way, None
-        if way is None:
-            return
         try:
-            way.wait()
+            for way in self._on_the_way:
+                way.wait()
+            self._on_the_way = []
         except BaseException:
             self.go_home(list(self))  # else the next run would take it for complete
             raise
@@ -67,10 +71,12 @@ class Placed(dict[Slot, torch.nn.Parameter]):
     def go_home(self, slots: Iterable[Slot]) -> None:
         """The homes of `slots` are shown again, and of those that share memory with them (`pieces`), which would not be
         free otherwise."""
-        if self._on_the_way is not None:
-            way, self._on_the_way = self._on_the_way, None
-            way.close()
-        for slot in self._with_neighbours(list(slots)):
+        slots = list(slots)
+        if not slots:
+            return
+        while self._on_the_way:
+            self._on_the_way.pop().close()
+        for slot in self._with_neighbours(slots):
             del self[slot]
             slot.go_home()
             slot.forget()

@@ -9,8 +9,8 @@ or copies it.
 Cancel is looked for between two models. Within one there is nothing to wait for: weights are not copied home, because
 their homes were never left, and a mapping is given back in one call.
 
-Weights that a loader of the host read into RAM cannot be put away: they stay until their node's output goes, and the
-log says so.
+Weights that were read into RAM, as from safetensors, cannot be put away: they stay until their node's output goes, and
+the log says so, also of a part of a model.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ from .stages import ALL, CACHES, HOW, WHAT, Part
 from .streamed_patcher import residency_of
 
 log = logging.getLogger("sluice.offload")
+
+_WORTH_SAYING = 1 << 20  # bytes; norms and biases are less
 
 
 def release(what: str, how: str) -> int:
@@ -120,10 +122,7 @@ def _dispose(patcher: ModelPatcher) -> Callable[[], str]:
     """Put the weights of an unloaded model away; what this returns says what came of it, for the log."""
     loaded = patcher.get_attachment(ATTACHMENT)
     if loaded is None or not isinstance(patcher, PatchingAtUse):
-        stay = (
-            f"its {size(patcher.model_size())} stay in RAM, because its loader is not of this pack; they go when the "
-            "node that loaded it does"
-        )
+        stay = f"its {size(patcher.model_size())} {_STAYING}"
         return lambda: stay
     if RESTORE in patcher.model.__dict__:
         return lambda: "its file is closed already"
@@ -133,11 +132,21 @@ def _dispose(patcher: ModelPatcher) -> Callable[[], str]:
         slot.forget()
     shelf.empty(slots, partial(_located_in, {str(part) for file in opened for part in file.parts}))
     patcher.model.__dict__[RESTORE] = shelf.bring_back
+    staying = sum(slot.nbytes for slot in slots if slot.home.device.type != "meta")
+    also = f"; {size(staying)} {_STAYING}" if staying >= _WORTH_SAYING else ""
     return lambda: (
-        "its file is closed"
-        if shelf.close()
-        else "its file stays mapped for now, because another MODEL or CLIP uses the same weights"
+        (
+            "its file is closed"
+            if shelf.close()
+            else "its file stays mapped for now, because another MODEL or CLIP uses the same weights"
+        )
+        + also
     )
+
+
+_STAYING = (
+    "stay in RAM, because they were not mapped from GGUF; they go when the output of the node that loaded them does"
+)
 
 
 def _slots(patcher: ModelPatcher) -> list[Slot]:

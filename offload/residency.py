@@ -22,6 +22,7 @@ from dataclasses import replace
 import torch
 
 from ..loaders.sizes import size
+from .ahead import sendable, unchanged
 from .block_times import BlockTimes
 from .blocks import Block
 from .costs import SMALL_BYTES, BlockCost, Link, SwapRequest
@@ -29,6 +30,7 @@ from .device import Device, device_for
 from .errors import ArenaError, first_line
 from .hooks import Following
 from .link import link_of
+from .outside import NOTHING, Outside
 from .placed import Placed
 from .plan import BudgetTooSmallError, StreamPlan, make_plan
 from .replan import replan
@@ -67,9 +69,7 @@ class Residency:
         largest = max((slot.nbytes for slots in self._blocks for slot in slots), default=0)
         self._small_bytes = min(SMALL_BYTES, max(largest // SMALL_SHARE, 1))
         self._runs: list[list[Run]] = []  # of each block: what a plan calls its tensors
-        self._outside: list[Slot] = []
-        self._tables: list[Slot] = []  # that stay in RAM
-        self._buffers: list[tuple[torch.nn.Module, str, torch.Tensor]] = []
+        self._outside = NOTHING  # but while the weights are arranged
         self._placed = Placed()
         self._device: Device | None = None
         self._terms: Terms | None = None
@@ -79,6 +79,7 @@ class Residency:
         self.plan: StreamPlan | None = None
         self.times: BlockTimes | None = None
         self.steps = 0  # passes on this plan
+        self._next_look = 0  # the one of them before which a better plan is looked for again
         self.plans_made = 0
 
     # --- plans
@@ -105,7 +106,7 @@ class Residency:
     def streamed_modules(self) -> dict[torch.nn.Module, None]:
         """The modules that the host must not move: those that hold a streamed parameter, and tables left in RAM."""
         streamed = self._streaming.modules() if self._streaming is not None else {}
-        return streamed | {module: None for slot in self._tables for module, _ in slot.owners}
+        return streamed | {module: None for slot in self._outside.tables for module, _ in slot.owners}
 
     @property
     def choice(self) -> Choice | None:
@@ -162,6 +163,17 @@ class Residency:
         plan, why = self._plan(terms)
         return Foreseen(plan, why, plan is self.plan and self._as_planned())
 
+    def send_ahead(self, device: torch.device, terms: Terms, room: int) -> int:
+        """Before `arrange`: send what the plan of last time leaves on the device, as far as its pages are locked and
+        `room` bytes go; bytes. What the next plan does not leave there goes home, and so does all at `leave`."""
+        if terms.kept is None or self._device is None or self._moved_away(device) or not self.at_home:
+            return 0
+        missing = unchanged((slot for slot in self._resident(self.plan) if slot not in self._placed), terms)
+        chosen = sendable(missing, terms.located, terms.kept, room)
+        if chosen:
+            self._placed.send(chosen, self._device, lambda slot: None, terms)
+        return sum(slot.nbytes for slot in chosen)
+
     def could_fit(self, budget_bytes: int) -> bool:
         """Whether there is a plan for `budget_bytes`."""
         if not self.arranged:
@@ -180,7 +192,7 @@ class Residency:
     def _plan(self, terms: Terms) -> tuple[StreamPlan, str]:
         assert self._device is not None
         try:
-            if self.plan is not None and self.plan.outside_bytes == self._outside_bytes():
+            if self.plan is not None and self.plan.outside_bytes == self._outside.nbytes:
                 return replan(self.plan, self._costs(), self._link(), terms.budget_bytes, self.steps)
             return self._make_plan(terms.budget_bytes), "first plan"
         except BudgetTooSmallError as error:
@@ -199,7 +211,7 @@ class Residency:
             budget_bytes,
             prefetch_blocks=self.request.prefetch_blocks,
             blocks_to_swap=self.request.blocks_to_swap,
-            outside_bytes=self._outside_bytes(),
+            outside_bytes=self._outside.nbytes,
         )
 
     def _costs(self) -> list[BlockCost]:
@@ -245,14 +257,7 @@ class Residency:
         """What lies where, while everything is at home."""
         if (runs := runs_of(self._blocks, terms.located)) != self._runs:
             self._runs, self.plan = runs, None
-        ours = {owner for slot in self.inside() for owner in slot.owners}  # the host may have wrapped a weight anew
-        others = [slot for slot in slots_of(network.modules()) if ours.isdisjoint(slot.owners)]
-        self._tables = [slot for slot in others if self.request.offload_embeddings and _is_table(slot)]
-        self._outside = [slot for slot in others if slot not in self._tables]
-        self._buffers = [(m, name, b) for m in network.modules() for name, b in m._buffers.items() if b is not None]
-
-    def _outside_bytes(self) -> int:
-        return sum(slot.nbytes for slot in self._outside) + sum(buffer.nbytes for *_, buffer in self._buffers)
+        self._outside = Outside(network, self.inside(), self.request.offload_embeddings)
 
     def _as_planned(self) -> bool:
         streaming = self._streaming is not None or not (self.plan and self.plan.copies)
@@ -268,8 +273,7 @@ class Residency:
         self.plans_made += 1
         self._start_streaming(plan, terms)
         missing = [slot for slot in resident if not self._is_there(slot) and not terms.patched_by_host(slot)]
-        for module, name, buffer in self._buffers:
-            module._buffers[name] = buffer.to(self._device.torch_device)
+        self._placed.also(self._outside.bring_buffers(self._device, terms.may_pin))
         self._placed.send(missing, self._device, self._dtype, terms)
         log.info("%s: %s", why, plan)
 
@@ -307,14 +311,13 @@ class Residency:
             except Exception as error:  # whoever uses the model next is told
                 log.warning("the model's weights are gone: %s; the next use says what to do", error)
         self._placed.go_home(self._placed)
-        for module, name, buffer in self._buffers:
-            module._buffers[name] = buffer
-        self._outside, self._tables, self._buffers, self._terms = [], [], [], None
+        self._outside.leave_buffers()
+        self._outside, self._terms = NOTHING, None
 
     def _resident(self, plan: StreamPlan | None) -> list[Slot]:
         streamed = {(copy.block, copy.tensor) for copy in plan.copies} if plan is not None else set()
         staying = [run for b, runs in enumerate(self._runs) for t, run in enumerate(runs) if (b, t) not in streamed]
-        return [*self._outside, *(slot for run in staying for slot in run.slots)]
+        return [*self._outside.slots, *(slot for run in staying for slot in run.slots)]
 
     def _is_there(self, slot: Slot) -> bool:
         assert self._device is not None
@@ -375,7 +378,8 @@ class Residency:
     def enter(self, block: int) -> None:
         if block <= self._last:
             self.steps += 1
-            if self.arranged and self.times is not None and self.times.complete():
+            if self.arranged and self.times is not None and (self.times.complete() or self.steps == self._next_look):
+                self._next_look = 2 * self.steps  # by then the present plan has lost twice as much
                 self._reconsider()
         self._last = block
         if self._streaming is not None:
@@ -393,7 +397,3 @@ class Residency:
         """Whatever was broken off, no weight is shown over the ring."""
         if self._streaming is not None:
             self._streaming.restore()
-
-
-def _is_table(slot: Slot) -> bool:
-    return all(isinstance(module, torch.nn.Embedding) for module, _ in slot.owners)

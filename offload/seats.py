@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,17 +20,38 @@ from comfy.model_patcher import ModelPatcher
 
 from ..loaders import compat
 from ..loaders.sizes import size
+from .ahead import HEAD_START_BYTES
+from .asking import asking
+from .attach_arrival import ArrivingPatcher
+from .device import device_for
 from .errors import ArenaError, first_line
 from .events import record
 from .kept import KEY as KEPT
-from .kept import Limits, kept_of, leaving_for_a_stage, relieve, settle
+from .kept import Limits, kept_for, kept_of, leaving_for_a_stage, relieve, settle
+from .location import located
+from .lock_ahead import lock_soon
 from .plan import BudgetTooSmallError
-from .stages import ENDS, GB, Absent, Moment, Need, Part, StagePolicy, reason_to_leave, who_comes_back
-from .streamed_patcher import residency_of
+from .slots import slots_of
+from .stages import (
+    ENDS,
+    GB,
+    WEIGHTS_MARGIN,
+    Absent,
+    Moment,
+    Need,
+    Part,
+    StagePolicy,
+    reason_to_leave,
+    room_to_make,
+    who_comes_back,
+)
+from .streamed_patcher import StreamedPatcher, residency_of
 
 log = logging.getLogger("sluice.offload")
 
 KEY = "sluice_stages"  # of the attachment
+AHEAD = (StreamedPatcher, ArrivingPatcher)  # what can be sent before the host is asked for it
+HOST_EMPTIES = 0.25  # of free VRAM may be torch's cache; where it is more, the host empties it
 
 
 class NoRoomError(RuntimeError):
@@ -91,36 +112,104 @@ def patchers_that_left() -> list[ModelPatcher]:
     return [patcher for patcher in left if patcher is not None and not _entries(patcher)]
 
 
+def lock_what_leaves(
+    policy: StagePolicy, leaving: Iterable[ModelPatcher | None], together: Sequence[ModelPatcher]
+) -> None:
+    """Where not all have room together: have those that leave ready to come, in this order, before they are asked."""
+    management = comfy.model_management
+    wanted = sum(patcher.model_size() for patcher in together) * WEIGHTS_MARGIN + management.minimum_inference_memory()
+    for patcher in leaving:
+        if not isinstance(patcher, AHEAD) or not compat.may_pin_memory():
+            continue
+        device = device_for(patcher.load_device)
+        free = management.get_free_memory(patcher.load_device) + sum(other.loaded_size() for other in together)
+        crowded = policy.at_once or max(wanted, policy.target_bytes) > free
+        if not crowded or device.registrar.read_only_refusal() or (pages := kept_for(patcher)) is None:
+            continue
+        weights = [slot.weight(located) for slot in slots_of(patcher.model.modules()) if slot.streams]
+        lock_soon(pages, [weight for weight in weights if weight.file is not None], device)
+
+
 # --- stages
 
 
-def begin(moment: Moment, patcher: ModelPatcher, working: float) -> None:
-    """Before `patcher` is loaded for the stage that begins."""
+def begin(moment: Moment, patcher: ModelPatcher, working: float, least: float | None = None) -> None:
+    """Before `patcher` is loaded for the stage that begins: who is to leave does, and meanwhile what can be on its way
+    is. `loaded` has to follow.
+
+    Args:
+        working: bytes that its work needs beside the weights.
+        least: bytes of that without which it is not possible, for which the host leaves room.
+    """
     seat = seat_of(patcher)
     if seat is None:
         return
     relieve()
     device = patcher.load_device
     reserved = comfy.model_management.extra_reserved_memory()
+    inference = comfy.model_management.minimum_inference_memory()
     need = Need(
         weights=_weights_wanted(patcher),
-        working=int(max(working + reserved, comfy.model_management.minimum_inference_memory())),
+        working=int(max(working + reserved, inference)),
         target=seat.policy.target_bytes,
     )
+    taken = int(max((working if least is None else least) + reserved, inference))
     free = int(comfy.model_management.get_free_memory(device))
     record("begins", f"{moment.value} ({_name_of(patcher)})", need.nbytes, f"{size(free)} are free",
            seat.policy.log_events)  # fmt: skip
-    for part in Part:
-        for other in list(_seated(part)):
-            if other.is_clone(patcher):
-                continue
-            theirs = seat_of(other)
-            if theirs is None or not (theirs.policy.at_once or other.load_device == device):
-                continue
-            reason = reason_to_leave(theirs.policy, part, moment, _watched_parts(), need, free)
-            if reason is not None:
-                _leave(other, theirs, reason)
-                free = int(comfy.model_management.get_free_memory(device))
+    try:
+        sent = _send_ahead(patcher, free - taken, HEAD_START_BYTES)
+        for part in Part:
+            for other in list(_seated(part)):
+                if other.is_clone(patcher):
+                    continue
+                theirs = seat_of(other)
+                if theirs is None or not (theirs.policy.at_once or other.load_device == device):
+                    continue
+                reason = reason_to_leave(theirs.policy, part, moment, _watched_parts(), need, free)
+                if reason is not None:
+                    _leave(other, theirs, reason)
+                    free = int(comfy.model_management.get_free_memory(device)) + sent
+        if sent:
+            _send_ahead(patcher, free - sent - taken)
+    except BaseException:
+        _recall(patcher)
+        raise
+
+
+def _send_ahead(patcher: ModelPatcher, room: int, most: int | None = None) -> int:
+    """What of a model that comes back can be copied while the host gets ready for it; bytes."""
+    if not isinstance(patcher, AHEAD) or room <= 0:
+        return 0
+    if most is not None:
+        return patcher.send_ahead(room, most)
+    free, cached = comfy.model_management.get_free_memory(patcher.load_device, torch_free_too=True)
+    taken = min(room, patcher.model_size())
+    if cached - taken > HOST_EMPTIES * (free - taken):
+        return 0  # the host would empty torch's cache, and wait for all copies then
+    return patcher.send_ahead(room)
+
+
+def _recall(patcher: ModelPatcher) -> None:
+    if isinstance(patcher, AHEAD):
+        patcher.recall()
+
+
+def _asked(patcher: ModelPatcher, working: float) -> int | None:
+    """The size of a model for which the host is to make room, beside what was sent ahead; None: all of it."""
+    if not isinstance(patcher, AHEAD):
+        return None
+    management, device = comfy.model_management, patcher.load_device
+    there = int(patcher.loaded_size()) if patcher.current_loaded_device() == device else 0
+    rest = patcher.model_size() - max(there, patcher.sent_bytes)
+    entries = [one for one in management.current_loaded_models if one.model is not None and one.device == device]
+    others = [one.model for one in entries if not one.model.is_clone(patcher)]
+    if residency_of(patcher) is not None and all(seat_of(other) for other in others):  # the host decides on the rest
+        free = int(management.get_free_memory(device))
+        kept = max(working + management.extra_reserved_memory(), management.minimum_inference_memory())
+        taken = sum(int(other.loaded_size()) for other in others)
+        rest = room_to_make(rest, free - int(kept), taken, free + int(patcher.loaded_size()))
+    return there + rest
 
 
 def _weights_wanted(patcher: ModelPatcher) -> int:
@@ -249,16 +338,18 @@ def _fits(patcher: ModelPatcher, absent: Absent) -> bool:
 # --- failure
 
 
-def loaded(patcher: ModelPatcher, load: Callable[[], Any]) -> Any:
-    """`load()`; if there is no room, once more after everything else has left.
+def loaded(patcher: ModelPatcher, working: float, load: Callable[[], Any]) -> Any:
+    """`load()`, after `begin`; if there is no room, once more after everything else has left.
 
     Raises:
         NoRoomError: there is still no room. Names what holds the memory, and what to change.
     """
     try:
-        return load()
-    except Exception as error:
-        if not _is_no_room(error):
+        with asking(patcher.model, _asked(patcher, working)):
+            return load()
+    except BaseException as error:
+        _recall(patcher)
+        if not isinstance(error, Exception) or not _is_no_room(error):
             raise
         first = first_line(error)
     others = [entry.model for entry in comfy.model_management.current_loaded_models if entry.model is not None]

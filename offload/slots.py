@@ -65,6 +65,15 @@ class Slot:
             quantized = QuantizedTensor(there, self.home._layout_cls, self.home._params.to_device(data.device))
             return torch.nn.Parameter(quantized, requires_grad=False)
 
+    def as_moved(self, dtype: torch.dtype | None) -> tuple[torch.Tensor, torch.dtype]:
+        """What `moved` would copy, and as what, for who copies it and gives what arrived to `over_moved`."""
+        return self.stored, self.stored.dtype if dtype is None or isinstance(self.home, QuantizedTensor) else dtype
+
+    def over_moved(self, there: torch.Tensor) -> torch.nn.Parameter:
+        if isinstance(self.home, QuantizedTensor):
+            return self.over(there.view(-1).view(torch.uint8))
+        return torch.nn.Parameter(there, requires_grad=False)
+
     def moved(self, device: torch.device, dtype: torch.dtype | None, at_once: bool = False) -> torch.nn.Parameter:
         """A copy on `device`, in `dtype` unless it is quantised.
 

@@ -24,6 +24,8 @@ from ..loaders.sizes import size
 
 GB = 10**9
 WEIGHTS_MARGIN = 1.1  # as the host multiplies what it is about to load
+SLACK_BYTES = 32 << 20  # for what is allocated meanwhile
+SMALL_SHARE = 1 / 16  # of the VRAM that a model which streams would have: what is smaller need not leave for it
 
 
 class Part(Enum):
@@ -168,6 +170,23 @@ def reason_to_leave(
     if need is not None and need.nbytes > free_bytes:
         return f"{moment.value} needs {need}, {size(free_bytes)} are free"
     return None
+
+
+def room_to_make(rest: int, spare: int, others: int, room: int) -> int:
+    """For how many bytes of a model that can stream others are to leave.
+
+    Where it streams whether or not the last small one leaves (a VAE), that stays: to move it out and in again takes the
+    host as long as its bytes take to stream for dozens of steps, and where compute hides the copies they cost nothing.
+    That may be less than nothing: the host adds what the work would like to have, and would make room for that.
+
+    Args:
+        rest: of the model, that are not there yet.
+        spare: bytes that are free, and not needed for its work.
+        others: bytes of those that stay by their mode.
+        room: what is free or the model's.
+    """
+    streams = rest * WEIGHTS_MARGIN > spare + others
+    return min(rest, int((spare - SLACK_BYTES) / WEIGHTS_MARGIN)) if streams and others <= SMALL_SHARE * room else rest
 
 
 @dataclass(frozen=True)

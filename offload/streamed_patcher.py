@@ -4,7 +4,7 @@ The host goes on doing what it does: it decides what this model may have (`load_
 and asks for room when another model needs it. Answered differently are
 
     load              the budget becomes a plan; what stays is brought to the device, the ring is opened
-    partially_load    nothing at all if nothing changed
+    partially_load    nothing at all if nothing changed, and nothing of the weights if only LoRAs did
     partially_unload  the same with a smaller budget
     unpatch_model     weights go home, instead of being copied back into RAM
 
@@ -24,10 +24,15 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..loaders import compat
+from ..loaders.exchange import Loaded, exchange
 from ..loaders.ops import MappedLayer
 from ..loaders.patcher import check_files, patching_class
 from ..loaders.progress import watched
+from ..loaders.uploads import uploading
+from .ahead import HEAD_START_BYTES
+from .asking import asked_for
 from .attach_adapters import StreamingAdapters
+from .errors import RefusedError, StreamError
 from .kept import kept_for, left
 from .location import located
 from .plan import BudgetTooSmallError
@@ -50,6 +55,43 @@ class StreamedPatcher(StreamingAdapters):
     @property
     def _residency(self) -> Residency:
         return self.model._sluice_residency
+
+    def model_size(self) -> int:
+        """To the host that makes room for it, what it is to be given (`asking`)."""
+        return asked_for(self.model, super().model_size())
+
+    @property
+    def sent_bytes(self) -> int:
+        """That `send_ahead` has sent, while the host has not asked."""
+        return int(self.model.model_loaded_weight_memory) if self.model.current_weight_patches_uuid is None else 0
+
+    def send_ahead(self, room: int, most: int = UNLIMITED) -> int:
+        """Before the host is asked for it: weights that stay, as far as that can be known, on their way; bytes.
+
+        Args:
+            room: VRAM that nobody needs as things are.
+            most: bytes, as long as others have to leave; `recall` if the host is not asked after all.
+        """
+        plan, sent = self._residency.plan, int(self.model.model_loaded_weight_memory)
+        if plan is None or self.model.current_weight_patches_uuid is not None:
+            return 0
+        # `_budget` leaves what the user says instead.
+        reserved = comfy.model_management.extra_reserved_memory()
+        if plan.vram_bytes + self.adapter_bytes > room + sent + reserved:
+            most = min(most, HEAD_START_BYTES - sent)  # there will be another plan
+        try:
+            nbytes = self._residency.send_ahead(self.load_device, self._terms(0, 0), min(room, most))
+        except (torch.OutOfMemoryError, StreamError, RefusedError) as error:
+            log.debug("nothing is sent ahead: %s", error)
+            return 0
+        self.model.model_loaded_weight_memory += nbytes  # so that the host counts them as free or there
+        return nbytes
+
+    def recall(self) -> None:
+        """The host did not load it: what was sent ahead goes home."""
+        if self.model.current_weight_patches_uuid is None and not self._residency.arranged:
+            self._residency.leave()
+            self.model.model_loaded_weight_memory = 0
 
     def load(
         self,
@@ -97,6 +139,8 @@ class StreamedPatcher(StreamingAdapters):
             current = self.model.current_weight_patches_uuid
             used = self.model.model_loaded_weight_memory
             changed = current is not None and current != self.patches_uuid
+            if changed and self._exchange_adapters(device_to, used + extra_memory):
+                return self.model.model_loaded_weight_memory - used
             if current is not None and not changed and self.adapters_made_room:
                 budget, _ = self._budget(device_to, used + extra_memory)
                 changed = self._residency.could_fit(budget - self._adapters().nbytes)  # they need not any more
@@ -121,6 +165,35 @@ class StreamedPatcher(StreamingAdapters):
                 self.detach()
                 raise
             return self.model.model_loaded_weight_memory - used
+
+    def _exchange_adapters(self, device: torch.device, allowed: float) -> bool:
+        """Put other LoRAs on the loaded model, where they differ by nothing but functions and have room beside the plan
+        that there is. False where it has to be loaded anew; nothing was done then."""
+        loaded = self.model.__dict__.get("_sluice_loaded")
+        if loaded is None or self.adapters_made_room or loaded.changed(Loaded.by(self)) != []:
+            return False
+        terms = self._terms(*self._budget(device, allowed))
+        try:
+            foreseen = self._residency.foresee(device, terms)
+        except BudgetTooSmallError:  # they have to stream, or loading says so
+            return False
+        if foreseen is None or not foreseen.kept:
+            return False
+        try:
+            self._residency.unfollow()
+            self.unpatch_hooks()
+            self.unpatch_model(None, unpatch_weights=False)
+            self.patch_model(load_weights=False)
+            self._residency.arrange(self.model, device, terms, foreseen)
+            with uploading(device, compat.may_pin_memory()):
+                exchange(self, loaded, device)
+            self.model.__dict__["_sluice_loaded"] = Loaded.by(self)
+            self.model.current_weight_patches_uuid = self.patches_uuid
+            self.apply_hooks(self.forced_hooks, force_apply=True)
+        except BaseException:
+            self.detach()
+            raise
+        return True
 
     def partially_unload(
         self, device_to: torch.device, memory_to_free: float = 0, force_patch_weights: bool = False

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -158,7 +158,8 @@ class Crossing:
         self._stretches = cut(weights, whole_cells=self._kept is not None)
         self._left = {number: weight.nbytes for number, weight in weights.items()}
         nbytes = {number: weight.nbytes for number, weight in weights.items()}
-        self._pieces = Pieces(nbytes, device, PIECE_BYTES if kept is not None else 0)
+        offsets = {number: weight.offset for number, weight in weights.items()} if len(self._mapped) == 1 else {}
+        self._pieces = Pieces(nbytes, device, PIECE_BYTES if kept is not None else 0, offsets)
         self._places: dict[int, torch.Tensor] = {}
         self._copying, self._allocated = device.new_copy_stream(), device.new_event()
         self._locker, self._unlocker = (ThreadPoolExecutor(LOCKERS, f"sluice-{what}") for what in ("lock", "unlock"))
@@ -231,14 +232,30 @@ class Crossing:
         self._device.wait(self._copying, self._allocated)
         mapped, complete = self._mapped[stretch.file], 0
         with self._device.on(self._copying):
+            for number, begin, offset, nbytes in self._joined(stretch.parts):
+                place = self._pieces.piece(number)[begin : begin + nbytes]
+                self._device.copier(place, mapped.data[offset : offset + nbytes])()
             for part in stretch.parts:
-                place = self._places[part.number][part.start : part.stop]
-                self._device.copier(place, mapped.data[part.offset : part.offset + place.nbytes])()
-                self._left[part.number] -= place.nbytes
+                self._left[part.number] -= part.stop - part.start
                 complete += 0 if self._left[part.number] else self._weights[part.number].nbytes
         done = self._device.new_event()
         self._device.record(done, self._copying)
         return done, complete
+
+    def _joined(self, parts: Sequence[Part]) -> list[tuple[int, int, int, int]]:
+        """The copies that bring `parts`: one of the weights, where in its piece each begins, where in the file, and
+        its bytes. Of hundreds more the driver would let the caller wait until most are done."""
+        copies: list[tuple[int, int, int, int]] = []
+        before = -1
+        for part in parts:
+            if copies and self._pieces.beside(part.number, before):
+                number, begin, offset, _ = copies[-1]
+                copies[-1] = number, begin, offset, part.offset + part.stop - part.start - offset
+            else:
+                begin = self._pieces.start(part.number) + part.start
+                copies.append((part.number, begin, part.offset, part.stop - part.start))
+            before = part.number
+        return copies
 
     def _unlock(self, stretch: Stretch, done: Event, complete: int) -> int:
         self._device.synchronize(done)

@@ -70,11 +70,13 @@ class FakeEvent:
 
 class FakeDevice:
     torch_device = torch.device("cpu")
+    copies_by_itself = True
 
     def __init__(
         self, policy: str = "late", seed: int = 0, *, eager: bool = False, registrar: Registrar | None = None
     ) -> None:
         self.registrar = registrar or NoRegistrar("there is no GPU")
+        self.staged: set[int] = set()  # addresses of host memory that may be copied from as it is
         self.host_waits = 0  # by the thread that made the device
         self._policy, self._random, self._eager = policy, random.Random(seed), eager
         self._lock, self._owner = threading.RLock(), threading.get_ident()
@@ -87,6 +89,11 @@ class FakeDevice:
         """Memory that a kernel enqueued before still writes to, as an allocator that knows its stream may give out."""
         memory = torch.empty(nbytes, dtype=torch.uint8)
         self.compute(lambda: memory.fill_(0xEE))
+        return memory
+
+    def staging(self, nbytes: int) -> torch.Tensor:
+        memory = torch.full((nbytes,), 0xDD, dtype=torch.uint8)
+        self.staged.add(memory.data_ptr())
         return memory
 
     def compute_stream(self) -> FakeStream:

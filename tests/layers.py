@@ -27,8 +27,8 @@ ATTACHING = (
     "offload/release.py",
 )
 
-# About bytes and files alone, so that anybody may use them.
-LEAVES = ("loaders/sizes", "loaders/read_ahead")
+# About bytes, files and modules alone, so that anybody may use them.
+LEAVES = ("loaders/sizes", "loaders/read_ahead", "loaders/named_tensors")
 
 # Layer -> the layers that its files may import, itself included. The longest matching folder is a file's layer.
 LAYERS = {

@@ -70,6 +70,8 @@ class Gpu(FakeDevice):
 
     def copier(self, out: torch.Tensor, data: torch.Tensor) -> Callable[[], None]:
         assert isinstance(self.registrar, Registrar)
+        if data.data_ptr() in self.staged:
+            return super().copier(out, data)
         source = CheckedWhenCopied(data)
         source.registrar = self.registrar
         return super().copier(out, source)

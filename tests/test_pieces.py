@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from fake_device import FakeDevice
 from pack.offload import stretches
+from pack.offload.files import StoredFile
 from pack.offload.kept import KeptPages
 from pack.offload.pieces import Pieces
 from pack.offload.placed import Placed
@@ -79,4 +81,47 @@ def test_who_shares_memory_leaves_together(tmp_path: Path, monkeypatch: pytest.M
     assert all((slot.shown is slot.home) == (slot in together) for slot in model.slots)
     placed.go_home(placed)
     assert not placed and all(slot.shown is slot.home for slot in model.slots)
+    pages.give_back()
+
+
+def test_what_lies_side_by_side_in_a_file_does_so_in_a_piece() -> None:
+    """But for what overlaps, is far from the one before or would not be aligned; and one copy brings it."""
+    nbytes = {0: 512, 1: 256, 2: 300, 3: 256, 4: 256, 5: 256}
+    offsets = {0: 64, 1: 64 + 512, 2: 64 + 512 + 256 + 512, 3: 64, 4: 64 + 256 + 10, 5: 1 << 30}
+    pieces = Pieces(nbytes, FakeDevice(), 1 << 20, offsets)
+    assert [pieces.beside(number, number - 1) for number in nbytes] == [False, True, True, False, False, False]
+    assert [pieces.start(number) for number in nbytes] == [0, 512, 1280, 1792, 2048, 2304]
+    assert not pieces.beside(2, 0)
+
+
+class Copying(Gpu):
+    """Knows how often it was asked to copy."""
+
+    copies = 0
+
+    def copier(self, out: torch.Tensor, data: torch.Tensor) -> Callable[[], None]:
+        self.copies += 1
+        return super().copier(out, data)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_neighbours_come_in_one_copy(tmp_path: Path, seed: int) -> None:
+    """Whole, whatever lies between them and wherever a lock ends."""
+    rng, model = random.Random(seed), Model.__new__(Model)
+    path = tmp_path / "model.bin"
+    path.write_bytes(rng.randbytes(60 * PAGE))
+    data = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+    model.files, model.slots, model._where = [path], [], {}
+    offset = 256 * rng.randrange(3)
+    while offset + 12 * PAGE < len(data):
+        nbytes = 256 * rng.randrange(1, 40)
+        model._add(data[offset : offset + nbytes], StoredFile.of(path), offset)
+        offset += nbytes + rng.choice([0, 0, 256, 2 * PAGE])
+    for number in range(0, len(model.slots) - 4, 7):  # some come in another order
+        model.slots[number : number + 3] = reversed(model.slots[number : number + 3])
+    gpu, pages = Copying("random", seed, Registrar()), KeptPages(Host().limits())
+    for _ in range(2):
+        gpu.copies = 0
+        brought(model, gpu, pages)
+        assert gpu.copies < len(model.slots)
     pages.give_back()

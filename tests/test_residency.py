@@ -266,6 +266,22 @@ def test_plan_that_changes_between_passes(monkeypatch: pytest.MonkeyPatch) -> No
     assert case.residency.plans_made >= 12
 
 
+def test_better_plan_is_looked_for_again_as_the_loss_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At first the change may cost more than what the few passes so far have lost."""
+    case = Arranged(prefetch_blocks=0)
+    case.arrange(int(0.7 * TOTAL))
+    asked = []
+
+    def the_same(plan, blocks, link, budget, steps):  # type: ignore[no-untyped-def]
+        asked.append(steps)
+        return plan, ""
+
+    monkeypatch.setattr(module, "replan", the_same)
+    monkeypatch.setattr(case.residency.times, "complete", lambda: case.residency.steps == 3)
+    assert case.run(30)
+    assert asked == [3, 6, 12, 24]
+
+
 def test_better_plan_without_room_leaves_the_one_before(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

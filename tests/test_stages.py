@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from pack.offload import events
+from pack.offload import events, stages
 from pack.offload.estimate import KEPT, SLACK, Answers, dry_run
 from pack.offload.stages import (
     CHOICES,
@@ -20,6 +20,7 @@ from pack.offload.stages import (
     Part,
     StagePolicy,
     reason_to_leave,
+    room_to_make,
     who_comes_back,
 )
 
@@ -97,6 +98,24 @@ def test_need() -> None:
     assert Need(weights=10, working=5).nbytes == 16  # the host asks for a tenth more than the weights
     assert Need(weights=10, working=5, target=100).nbytes == 100
     assert StagePolicy(target_free_vram_gb=1.5).target_bytes == 1_500_000_000
+
+
+@pytest.mark.parametrize(
+    ("rest", "spare", "others", "room", "expected"),
+    [
+        (1200, 881, 20, 1000, 800),  # it streams, with the VAE or without: nobody leaves
+        (1200, 880, 70, 1000, 1200),  # too large to stay
+        (800, 870, 20, 1000, 800),  # it fits once the other has left
+        (700, 880, 20, 1000, 700),
+        (1200, -50, 20, 1000, -45),
+        (1200, 881, 0, 1000, 800),
+    ],
+)
+def test_for_what_others_leave(
+    rest: int, spare: int, others: int, room: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "SLACK_BYTES", 0)
+    assert room_to_make(rest, spare, others, room) == expected
 
 
 def test_reason_tells_numbers() -> None:

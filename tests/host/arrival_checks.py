@@ -22,7 +22,7 @@ from host.unified_checks import unload
 from pack.loaders import compat, progress
 from pack.loaders.diffusion import load_diffusion_model
 from pack.loaders.text_encoder import load_text_encoder
-from pack.offload import arrival, attach_arrival, kept, residency
+from pack.offload import ahead, arrival, attach_arrival, kept, residency, seats
 from pack.offload.attach import apply_block_swap
 from pack.offload.attach_arrival import ArrivingPatcher, arriving
 from pack.offload.attach_stages import attach_stages
@@ -30,6 +30,7 @@ from pack.offload.costs import SwapRequest
 from pack.offload.device import HostDevice, device_for
 from pack.offload.release import release
 from pack.offload.stages import StagePolicy
+from pack.offload.streamed_patcher import StreamedPatcher
 
 Interrupt = comfy.model_management.InterruptProcessingException
 
@@ -41,14 +42,14 @@ def noting(device: torch.device) -> Any:
     """The device, or the CPU with a registrar."""
     place = device_for(device)
     if isinstance(place, HostDevice):
-        place.registrar = NOTES
+        place.registrar, place.copies_by_itself = NOTES, True
     return place
 
 
 @contextmanager
 def arrivals() -> Iterator[list[set[int]]]:
     """What was copied through locked pages, whatever its size: the numbers of bytes of each time."""
-    copied, worth, seen = arrival.copied, arrival.WORTH_LOCKING, []
+    copied, worth, least, seen = arrival.copied, arrival.WORTH_LOCKING, ahead.LEAST_BYTES, []
     left = compat.pinned_memory_left
     if not ON_GPU:
         compat.pinned_memory_left = lambda: 1 << 30  # the host locks no memory on a CPU
@@ -59,13 +60,13 @@ def arrivals() -> Iterator[list[set[int]]]:
         seen.append({weight.nbytes for weight in given.values()})
         return there, refusal
 
-    arrival.copied, arrival.WORTH_LOCKING = noted, 1
-    attach_arrival.device_for = residency.device_for = noting
+    arrival.copied, arrival.WORTH_LOCKING, ahead.LEAST_BYTES = noted, 1, 1
+    attach_arrival.device_for = residency.device_for = seats.device_for = noting
     try:
         yield seen
     finally:
-        arrival.copied, arrival.WORTH_LOCKING = copied, worth
-        attach_arrival.device_for = residency.device_for = device_for
+        arrival.copied, arrival.WORTH_LOCKING, ahead.LEAST_BYTES = copied, worth, least
+        attach_arrival.device_for = residency.device_for = seats.device_for = device_for
         compat.pinned_memory_left = left
     assert not NOTES.registered
 
@@ -232,6 +233,100 @@ def check_pages_stay_locked_while_a_model_is_out_for_a_stage() -> None:
             release("all", "dispose")
             assert kept_bytes(picture) == [0, 0]
         assert locked == comfy.model_management.TOTAL_PINNED_MEMORY
+
+
+@contextmanager
+def sent_ahead() -> Iterator[dict[str, int]]:
+    """Bytes that were on their way before the host was asked for their model."""
+    classes, nbytes = (StreamedPatcher, ArrivingPatcher), {}
+    before = [one.send_ahead for one in classes]
+
+    def noting_bytes(send: Any) -> Any:
+        def noted(patcher: Any, *args: Any) -> int:
+            sent, name = send(patcher, *args), type(patcher.model).__name__
+            nbytes[name] = nbytes.get(name, 0) + sent
+            return sent
+
+        return noted
+
+    for one, send in zip(classes, before, strict=True):
+        one.send_ahead = noting_bytes(send)
+    try:
+        yield nbytes
+    finally:
+        for one, send in zip(classes, before, strict=True):
+            one.send_ahead = send
+
+
+def check_what_comes_back_is_sent_before_the_host_is_asked() -> None:
+    for made in (arriving, streaming):
+        stage_checks.nothing_loaded()
+        with arrivals():
+            picture = moving(StagePolicy("cond_diffusion", **stage_checks.NO_ROOM), made(classic()))
+            networks = [picture.clip.patcher.model, picture.model.model]
+            with sent_ahead() as nbytes:
+                expected = picture.draw()[1]
+                assert not nbytes.get(type(networks[1]).__name__) or made is arriving, "nobody knows yet what stays"
+            for _ in range(2):
+                with sent_ahead() as nbytes:
+                    seen, drawn = picture.draw()
+                assert stage_checks.same(drawn, expected)
+                assert seen == stage_checks.NEXT_PICTURE["cond_diffusion"] or MODE == "gpu-dynamic", seen
+                streamed = made is streaming
+                names = [
+                    type(one).__name__ for one in networks if MODE != "gpu-dynamic" or (streamed and one is networks[1])
+                ]
+                assert all(nbytes[name] > 0 for name in names), nbytes
+            release("all", "offload")
+            assert kept_bytes(picture) == [0, 0]
+
+
+def check_small_weights_go_home_without_a_copy() -> None:
+    stage_checks.nothing_loaded()
+    with arrivals():
+        picture = moving(StagePolicy("cond_diffusion", **stage_checks.NO_ROOM), arriving(classic()))
+        if not picture.clip.patcher.is_dynamic():
+            network = picture.clip.patcher.model
+            homes = {name: id(weight) for name, weight in network.named_parameters()}
+            for _ in range(2):
+                picture.encode_text()
+                away = {name: id(weight) for name, weight in network.named_parameters()}
+                norms = [name for name in homes if "norm" in name]
+                assert norms and all(away[name] != homes[name] for name in norms)
+                picture.sample()
+                assert {name: id(weight) for name, weight in network.named_parameters()} == homes
+        release("all", "offload")
+
+
+def check_cancelled_before_the_host_loads_what_was_sent() -> None:
+    manager, load = comfy.model_management, comfy.model_management.load_models_gpu
+
+    def cancelled(*args: Any, **kwargs: Any) -> None:
+        raise Interrupt
+
+    for made in (arriving, streaming):
+        stage_checks.nothing_loaded()
+        with arrivals():
+            picture = moving(StagePolicy("cond_diffusion", **stage_checks.NO_ROOM), made(classic()))
+            expected = picture.draw()[1]
+            for stage, patcher in ((picture.encode_text, picture.clip.patcher), (picture.sample, picture.model)):
+                manager.load_models_gpu = cancelled
+                try:
+                    with sent_ahead() as nbytes:
+                        stage()
+                    raise AssertionError("not cancelled")
+                except Interrupt:
+                    pass
+                finally:
+                    manager.load_models_gpu = load
+                assert nbytes.get(type(patcher.model).__name__) or MODE == "gpu-dynamic"
+                assert patcher.loaded_size() == 0 or patcher.is_dynamic()
+                assert all(weight.device == CPU for weight in patcher.model.state_dict().values())
+                if not patcher.is_dynamic():
+                    pages = kept.kept_of(patcher.model)
+                    assert pages.nbytes == pages.give_back(), "some are in use"
+            assert stage_checks.same(picture.draw()[1], expected)
+            release("all", "offload")
 
 
 def check_without_the_node_nothing_stays_locked() -> None:

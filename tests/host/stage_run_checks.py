@@ -1,0 +1,100 @@
+"""Checks of Offload Mode on ways through a workflow that `stage_checks.py` leaves out. Run as that is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from host import stage_checks as stages  # switches the host to the mode that the command line names, so it comes first
+
+import comfy.model_management  # isort: skip
+import torch  # isort: skip
+from host.model_checks import GGUF
+from host.stage_checks import NO_ROOM, WITHOUT_ROOM, Picture, is_loaded, latent, nothing_loaded, told
+from pack.loaders.diffusion import load_diffusion_model
+from pack.offload import seats
+from pack.offload.attach_stages import attach_stages
+from pack.offload.stages import StagePolicy
+from pack.offload.streamed_patcher import StreamedPatcher
+
+
+def check_two_diffusion_models_that_stream() -> None:
+    """Wan 2.2's two models behind one node each: both stream, and neither stays for the other or for the VAE."""
+    nothing_loaded()
+    policy = StagePolicy("layer_streaming", **NO_ROOM)
+    picture = Picture(policy)
+    expected = latent(picture.inputs[0])
+    nothing_loaded()
+    high = picture.model
+    low, picture.clip, picture.vae = attach_stages(policy, load_diffusion_model(GGUF), picture.clip, picture.vae)
+    assert isinstance(high, StreamedPatcher) and isinstance(low, StreamedPatcher) and high.model is not low.model
+    for _ in range(2):
+        picture.encode_text()
+        assert not is_loaded(high) and not is_loaded(low)
+        assert torch.equal(latent(high), expected)
+        assert is_loaded(high) and not is_loaded(low) and not is_loaded(picture.clip.patcher)
+        assert torch.equal(latent(low), expected)
+        assert is_loaded(low) and not is_loaded(high)
+        picture.decode(expected)
+        assert not is_loaded(high) and not is_loaded(low)
+
+
+def check_second_pass_of_another_size() -> None:
+    """Upscaling: the latent is made larger, sampled again with the same model, and decoded."""
+
+    def twice(picture: Picture) -> tuple[torch.Tensor, ...]:
+        picture.encode_text()
+        small = picture.decode(picture.sample())
+        large = torch.nn.functional.interpolate(small.movedim(-1, 1), scale_factor=2).movedim(1, -1)
+        again = picture.vae.encode(large)
+        return again, picture.sample(batch=2), picture.decode(again)
+
+    nothing_loaded()
+    expected = twice(Picture())
+    for mode in WITHOUT_ROOM:
+        nothing_loaded()
+        assert stages.same(twice(Picture(StagePolicy(mode, **NO_ROOM))), expected), mode
+
+
+def check_text_encoder_that_does_not_fit_says_what_to_do() -> None:
+    nothing_loaded()
+    picture = Picture(StagePolicy("cond_only"))
+    expected = picture.encode_text()
+    nothing_loaded()
+    latent(picture.model)
+    load, failures = comfy.model_management.load_models_gpu, []  # type: ignore[var-annotated]
+
+    def short_of_memory(models: list, *args: Any, **kwargs: Any) -> None:
+        if len(failures) < wanted and any(picture.clip.patcher.is_clone(model) for model in models):
+            failures.append(picture.loaded())
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        load(models, *args, **kwargs)
+
+    comfy.model_management.load_models_gpu = short_of_memory
+    try:
+        wanted = 1
+        assert torch.equal(picture.encode_text(), expected)
+        assert failures == [{stages.DIFFUSION}] and picture.loaded() == {stages.TEXT_ENCODER}
+        failures.clear()
+        wanted = 2
+        try:
+            picture.encode_text()
+            raise AssertionError("no error")
+        except seats.NoRoomError as error:
+            message = str(error)
+    finally:
+        comfy.model_management.load_models_gpu = load
+    name = type(picture.clip.cond_stage_model).__name__
+    for words in (name, "does not fit on", "are free; loaded are", "Close other programs", "lower quant"):
+        assert words in message, message
+    assert torch.equal(picture.encode_text(), expected)
+
+
+def check_events_are_kept_also_where_they_are_not_logged() -> None:
+    nothing_loaded()
+    picture = Picture(StagePolicy("cond_diffusion", log_events=False, **NO_ROOM))
+    happened = told(picture.draw)
+    assert [event.action for event in happened].count("leaves") == 2, happened
+
+
+if __name__ == "__main__":
+    stages.run(globals())
