@@ -46,6 +46,7 @@ PLENTY = 1 << 36
 class CountingDevice:
     """Does nothing, and counts what it is asked for. It is its own registrar, and locks anything."""
 
+    copies_by_itself = False
     torch_device = torch.device("cpu")
 
     def __init__(self) -> None:
@@ -61,6 +62,8 @@ class CountingDevice:
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8)
+
+    staging = allocate
 
     def compute_stream(self) -> object:
         return self._stream

@@ -3,9 +3,10 @@
     python dev.py bench vocabulary [-- --rounds 5 --out results/vocabulary.json]
 
 The file has Gemma 2's shapes with two layers (a table of 262,144 x 2304 in Q8_0, 642 MB), random weights, and tokens
-that are made up but as long as Gemma's. Every round runs in this process with the file in the page cache; the host
-itself takes sentencepiece's model apart for its own list of words, which is its time, not ours. On a machine with
-other work to do, the CPU's time says more than the clock.
+that are made up but as long as Gemma's. Then each form of a tokenizer is made by itself, out of as many tokens and
+merges as its model has. Every round runs in this process with the file in the page cache; the host itself takes
+sentencepiece's model apart for its own list of words, which is its time, not ours. On a machine with other work to do,
+the CPU's time says more than the clock.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -37,6 +39,7 @@ from pack.loaders.text_tensors import text_encoder_tensors  # noqa: E402
 from pack.loaders.tokenizers import tokenizer_tensors  # noqa: E402
 
 WORDS, WIDTH, LAYERS = 262144, 2304, 3
+UMT5_MARK = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
 FEWER_LAYERS = {"vocab_size": WORDS, "num_hidden_layers": LAYERS}
 
 
@@ -72,6 +75,43 @@ def write(path: Path) -> None:
     writer.close()
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A tokenizer of a model, with as many tokens and merges as that has."""
+
+    architecture: str
+    model: str
+    tokens: int
+    merges: int = 0
+    pre: str = ""
+    marks: tuple[str, ...] = ()  # tensors by which it is known
+
+
+KINDS = {
+    "sentencepiece (Gemma 3)": Kind("gemma3", "llama", WORDS),
+    "sentencepiece (umT5)": Kind("t5", "t5", 256384, marks=(UMT5_MARK,)),
+    "tekken (Mistral)": Kind("mistral3", "gpt2", 131072, pre="tekken"),
+    "tokenizer.json (Gemma 4)": Kind("gemma4", "gemma4", WORDS, 514906),
+    "tokenizer.json (gpt-oss)": Kind("gpt-oss", "gpt2", 201088, 446189),
+}
+
+
+def write_tokenizer(path: Path, kind: Kind) -> None:
+    writer = gguf.GGUFWriter(path, kind.architecture)
+    writer.add_tokenizer_model(kind.model)
+    writer.add_tokenizer_pre(kind.pre)
+    writer.add_token_list(["<pad>", "<eos>", "<bos>", "<unk>", *(f"w{number:x}" for number in range(kind.tokens - 4))])
+    writer.add_token_scores([-float(number) for number in range(kind.tokens)])
+    writer.add_token_types([3, 3, 3, 2] + [1] * (kind.tokens - 4))
+    writer.add_unk_token_id(3)
+    if kind.merges:
+        writer.add_token_merges([f"w{number:x} \u0120{number}" for number in range(kind.merges)])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 Times = dict[str, list[tuple[float, float]]]
 
 
@@ -85,11 +125,9 @@ def timed(seconds: Times, stage: str) -> Iterator[None]:
 def run(path: Path, seconds: Times) -> None:
     with timed(seconds, "open the file"):
         file = GGUFFile(path)
-    with timed(seconds, "make the tokenizer"):
-        made = tokenizer_tensors(file, ())
     with timed(seconds, "name and map all tensors, with the tokenizer"):
         tensors = text_encoder_tensors(file)
-    del made, tensors
+    del tensors
     file.close()
     with timed(seconds, "file to CLIP, with the host's own time"):
         clip = load_text_encoder([path], "lumina2")
@@ -115,6 +153,11 @@ def main() -> None:
         write(path)
         for _ in range(options.rounds):
             run(path, seconds)
+        for name, kind in KINDS.items():
+            write_tokenizer(path, kind)
+            for _ in range(options.rounds):
+                with GGUFFile(path) as file, timed(seconds, f"make {name}"):
+                    tokenizer_tensors(file, dict.fromkeys(kind.marks, torch.zeros(1)))
     machine = {
         "system": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),

@@ -13,6 +13,7 @@ joining costs. The part that hears, in the same file, is left out.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ from .gguf.errors import shown
 from .gguf.reader import GGUFError, GGUFFile
 from .quant.layout import dense, is_gguf, quantized
 from .tensors import state_dict
+
+log = logging.getLogger("sluice.loaders")
 
 WORD = "mmproj"  # what the name of such a file contains by custom
 
@@ -51,6 +54,7 @@ class Tower:
         bare: what is no part of a layer and, in the host, a parameter of its own without `.weight`.
         flat_patches: the host has a matrix where the converter made a convolution of it.
         unused: how the names begin of what the host has no use for, or of what hears.
+        layers_needed: how many layers a text encoder has at least with which the host can encode a text, once it sees.
     """
 
     projectors: tuple[str, ...]
@@ -64,6 +68,7 @@ class Tower:
     bare: tuple[str, ...] = ()
     flat_patches: bool = False
     unused: tuple[str, ...] = ()
+    layers_needed: int = 0
 
 
 _QWEN_BLOCK = {"attn_qkv": "attn.qkv", "attn_out": "attn.proj", "ln1": "norm1", "ln2": "norm2"}
@@ -121,6 +126,9 @@ _GEMMA3 = Tower(
     },
     joined_qkv=False,
     norm_shift=("mm.soft_emb_norm.weight", 1.0),
+    # Seen in 0.18 to 0.30: the encoder of a Gemma 3 4B that sees looks for its tokens under another name than its
+    # tokenizer writes them, also from safetensors. It reads text where it does not see. A 12B has 48 layers.
+    layers_needed=48,
 )
 
 _GEMMA4 = Tower(
@@ -186,6 +194,10 @@ def find_projector(model: GGUFFile) -> GGUFFile | None:
             best = file
             break
         file.close()
+    if best is not None and not _large_enough(model, tower):
+        log.info("%s reads text only: %s is left out, because %s", model.path.name, best.path.name, _too_small(tower))
+        best.close()
+        return None
     return best
 
 
@@ -198,6 +210,19 @@ def check_fits(model: GGUFFile, projector: GGUFFile) -> None:
             f"it is the vision projector of another model than {model.path.name}",
             "choose the mmproj file that was published with the text encoder, or none",
         )
+    if not _large_enough(model, tower):
+        raise GGUFError(projector.path, _too_small(tower), f"leave it out: {model.path.name} reads text without it")
+
+
+def _large_enough(model: GGUFFile, tower: Tower) -> bool:
+    last = f".{tower.layers_needed - 1}."
+    return tower.layers_needed == 0 or any(last in name for name in model.tensors)
+
+
+def _too_small(tower: Tower) -> str:
+    return (
+        f"ComfyUI encodes no text with a model of this kind that sees and has fewer than {tower.layers_needed} layers"
+    )
 
 
 def beside(path: str | Path) -> list[Path]:

@@ -101,6 +101,10 @@ class MappedLayer(torch.nn.Module):
             parameters[name] = parameter if parameter.is_meta else self._moved(name, parameter, fn)
         return self
 
+    def is_home(self, name: str) -> bool:
+        """Whether the parameter `name` is the mapped one."""
+        return self._parameters[name] is self._home.get(name)
+
     def set_home(self, name: str, parameter: torch.nn.Parameter) -> None:
         """The mapped tensor `name` is `parameter` now: its file was closed, or opened again."""
         self._home[name] = parameter

@@ -24,7 +24,7 @@ import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from . import architectures, clip_types, mmproj
+from . import architectures, clip_types, mmproj, safetensors_header
 from .diffusion import ATTACHMENT, LoadedModel, described, let_go
 from .fit import host_builds
 from .gguf.errors import shown
@@ -34,6 +34,7 @@ from .scaled_fp8 import with_host_weights
 from .text_fit import Given, complete
 from .text_layers import Vocabulary, text_ops
 from .text_tensors import Tensors, plain_where_read_whole, text_encoder_tensors
+from .tokenizers import TOKENIZER_KEYS
 
 log = logging.getLogger("sluice.loaders")
 
@@ -155,7 +156,7 @@ def _build(
     host_type = getattr(comfy.sd.CLIPType, clip_type.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION)
     if not any(path.suffix.lower() == GGUF for path in paths):
         clip_types.check_count(clip_type, len(paths))
-        names = [str(path) for path in paths]
+        names = [str(path) for path in sorted(paths, key=_brings_no_tokenizer)]
         return comfy.sd.load_clip(names, embedding_directory, host_type, options, disable_dynamic), None
     sources = _sources(paths, files, clip_type)
     clip_types.check_count(clip_type, len(sources))
@@ -172,7 +173,11 @@ def _build(
         )
     # The host may have renamed the tensors in its list, and looked for them by the new names.
     given = [
-        Given(source.path, frozenset({*source.tensors, *tensors}), source.files[0] if source.files else None)
+        Given(
+            source.path,
+            {name: tuple(tensor.shape) for name, tensor in {**source.tensors, **tensors}.items()},
+            source.files[0] if source.files else None,
+        )
         for source, tensors in zip(sources, state_dicts, strict=True)
     ]
     complete(clip.cond_stage_model, clip_type, given)
@@ -214,7 +219,16 @@ def _sources(paths: Sequence[Path], files: list[GGUFFile], clip_type: str) -> li
         sources.append(Source(one.path, tensors, (one,) if projector is None else (one, projector)))
     if projectors:
         mmproj.check_fits(next(one for one in opened if isinstance(one, GGUFFile)), projectors[0])
-    return sources
+    # The host looks for the tokenizer of a pair in the first file (LTX's: Gemma and the connectors).
+    return sorted(sources, key=lambda source: TOKENIZER_KEYS.isdisjoint(source.tensors))
+
+
+def _brings_no_tokenizer(path: Path) -> bool:
+    """Of a safetensors file. What is wrong with one is for the host to say."""
+    with contextlib.suppress(OSError, ValueError), path.open("rb") as file:
+        entries, _ = safetensors_header.parse(file, path.stat().st_size)
+        return TOKENIZER_KEYS.isdisjoint(entry.name for entry in entries)
+    return True
 
 
 def _architecture(file: GGUFFile) -> str:

@@ -38,13 +38,15 @@ OPTIONAL = {
 _IDENTITY = "text_projection.weight"
 _UNUSED = ("logit_scale",)
 
+Shape = tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class Given:
     """One file's tensors, as the host was given them."""
 
     path: Any
-    names: frozenset[str]
+    shapes: Mapping[str, Shape]
     gguf: GGUFFile | None
 
 
@@ -55,7 +57,8 @@ def complete(encoder: torch.nn.Module, clip_type: str, given: list[Given]) -> No
         GGUFError: a file lacks weights, or is for nothing in this type.
         ValueError: none of the files is for one of the encoders.
     """
-    names = {name: index for index, file in enumerate(given) for name in file.names}
+    # By shape, too: CLIP-L's names are all among CLIP-G's, and no other of the host's encoders come so close.
+    holders = {(n, _plain(shape)): index for index, file in enumerate(given) for n, shape in file.shapes.items()}
     used: set[int] = set()
     unfed = []
     for child, module in encoder.named_children():
@@ -63,13 +66,14 @@ def complete(encoder: torch.nn.Module, clip_type: str, given: list[Given]) -> No
         if weights and all(weight.is_meta for weight in weights):
             unfed.append(child)
             continue
-        sources = {name: _source(name, names) for name, _ in module.named_parameters()}
+        sources = {name: _source(name, _plain(p.shape), holders) for name, p in module.named_parameters()}
         feeding = {index for index in sources.values() if index is not None}
         used |= feeding
         if any(given[index].gguf is not None for index in feeding):
             _fill(module, sources, given[min(feeding)])
     unused = [file for index, file in enumerate(given) if index not in used and file.gguf is not None]
-    twice = [file for file in unused if file.names & frozenset().union(*(given[index].names for index in used))]
+    fed = {name for index in used for name in given[index].shapes}
+    twice = [file for file in unused if not fed.isdisjoint(file.shapes)]
     if strangers := [file for file in unused if file not in twice]:
         problem = f"it is none of the text encoders of type '{clip_type}'{_needed(unfed)}"
         raise GGUFError(strangers[0].path, problem, "choose another file or another type")
@@ -93,10 +97,16 @@ def _needed(encoders: list[str]) -> str:
     return f", which needs {_known(named)}" if named else ""
 
 
-def _source(name: str, names: Mapping[str, int]) -> int | None:
+def _source(name: str, shape: Shape, holders: Mapping[tuple[str, Shape], int]) -> int | None:
     """The file that holds a parameter: the host strips some of the first parts of its name, how many differs."""
     parts = name.split(".")
-    return next((names[key] for i in range(len(parts)) if (key := ".".join(parts[i:])) in names), None)
+    keys = ((".".join(parts[i:]), shape) for i in range(len(parts)))
+    return next((holders[key] for key in keys if key in holders), None)
+
+
+def _plain(shape: Shape) -> Shape:
+    """torch loads one number in a row where a model has a number by itself."""
+    return tuple(shape) or (1,)
 
 
 def _fill(module: torch.nn.Module, sources: Mapping[str, int | None], file: Given) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -176,30 +176,33 @@ FORMS: dict[tuple[str, str], Form] = {
     ("gemma4", "gemma4"): Form("tokenizer_json", _json_of_spaces),
     ("gpt-oss", "gpt2"): Form("tokenizer_json", _json_of_bytes),
 }
-TOKENIZER_KEYS = sorted({form.key for form in FORMS.values()})
+TOKENIZER_KEYS = frozenset(form.key for form in FORMS.values())
 TEKKEN_PRE = "tekken"  # `tokenizer.ggml.pre`
-# Only umT5 has relative positions in every layer, and only umT5's tokenizer is not the host's.
-_UMT5_MARK = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
+# Of the T5s, umT5 and Pile-T5 (AuraFlow) have relative positions in every layer. Only umT5's tokenizer is not the
+# host's, which knows the other, an XL, by the rows of a matrix.
+_EVERY_LAYER_MARK = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
+_PILE_T5_MARK, _PILE_T5_ROWS = "encoder.block.23.layer.1.DenseReluDense.wi_1.weight", 5120
 
 
-def tokenizer_tensors(file: GGUFFile, names: Collection[str]) -> dict[str, torch.Tensor]:
+def tokenizer_tensors(file: GGUFFile, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tokenizer under the host's key as uint8, or nothing where the host has its own or the tensors hold one.
 
     Args:
-        names: the host's names of the file's tensors.
+        tensors: the file's, by the host's names.
 
     Raises:
         GGUFError: the host needs one, and the metadata does not tell it.
     """
-    form = _form(file, names)
-    if form is None or form.key in names:
+    form = _form(file, tensors)
+    if form is None or form.key in tensors:
         return {}
     return {form.key: torch.frombuffer(bytearray(form.make(Vocabulary(file))), dtype=torch.uint8)}
 
 
-def _form(file: GGUFFile, names: Collection[str]) -> Form | None:
-    if _UMT5_MARK in names:
-        return _SPIECE
+def _form(file: GGUFFile, tensors: Mapping[str, torch.Tensor]) -> Form | None:
+    if _EVERY_LAYER_MARK in tensors:
+        known_by = tensors.get(_PILE_T5_MARK)
+        return None if known_by is not None and known_by.shape[0] == _PILE_T5_ROWS else _SPIECE
     architecture, model = (str(file.metadata.get(key)) for key in ("general.architecture", "tokenizer.ggml.model"))
     form = FORMS.get((architecture, model))
     if form is _TEKKEN and architecture == "llama" and file.metadata.get("tokenizer.ggml.pre") != TEKKEN_PRE:

@@ -9,13 +9,15 @@ from typing import Any
 import builders as b
 import pytest
 import tiny_tokenizers as tiny
+import torch
 from pack.loaders import tokenizer_json, tokenizers
 from pack.loaders.gguf.reader import GGUFError, GGUFFile
 
 sentencepiece = pytest.importorskip("sentencepiece")
 LINES = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").splitlines()
 SIZE = 900
-UMT5 = ("encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight",)
+Tensors = dict[str, torch.Tensor]
+UMT5 = {"encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight": torch.zeros(8, 2)}
 
 
 def array(values: list[Any]) -> b.Value:
@@ -29,9 +31,9 @@ def opened(folder: Path, architecture: str, metadata: dict[str, Any]) -> GGUFFil
     return GGUFFile(path)
 
 
-def remade(folder: Path, architecture: str, made: tiny.Tiny, names: tuple[str, ...] = ()) -> tuple[str, bytes]:
+def remade(folder: Path, architecture: str, made: tiny.Tiny, tensors: Tensors | None = None) -> tuple[str, bytes]:
     with opened(folder, architecture, made.metadata) as file:
-        ((key, tensor),) = tokenizers.tokenizer_tensors(file, names).items()
+        ((key, tensor),) = tokenizers.tokenizer_tensors(file, tensors or {}).items()
         return key, tensor.numpy().tobytes()
 
 
@@ -40,16 +42,16 @@ def proto(content: bytes) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "made", "names"),
+    ("architecture", "made", "tensors"),
     [
-        ("gemma2", tiny.bpe(LINES, SIZE), ()),
-        ("gemma3", tiny.bpe(LINES, SIZE), ()),
+        ("gemma2", tiny.bpe(LINES, SIZE), {}),
+        ("gemma3", tiny.bpe(LINES, SIZE), {}),
         ("t5", tiny.unigram(LINES, SIZE), UMT5),
     ],
     ids=["gemma2", "gemma3", "umt5"],
 )
-def test_sentencepiece(tmp_path: Path, architecture: str, made: tiny.Tiny, names: tuple[str, ...]) -> None:
-    key, content = remade(tmp_path, architecture, made, names)
+def test_sentencepiece(tmp_path: Path, architecture: str, made: tiny.Tiny, tensors: Tensors) -> None:
+    key, content = remade(tmp_path, architecture, made, tensors)
     assert key == "spiece_model"
     ours, theirs = proto(content), proto(made.native)
     for text in (*tiny.TEXTS, *LINES):
@@ -95,12 +97,22 @@ def test_host_keeps_its_own_tokenizers(tmp_path: Path) -> None:
         ("t5encoder", tiny.unigram(LINES, SIZE).metadata),
     ):
         with opened(tmp_path, architecture, metadata) as file:
-            assert tokenizers.tokenizer_tensors(file, ()) == {}
+            assert tokenizers.tokenizer_tensors(file, {}) == {}
+
+
+def test_relative_positions_in_every_layer_are_umt5s_but_for_pile_t5s(tmp_path: Path) -> None:
+    """AuraFlow's Pile-T5-XL, the only one of that width, has the host's tokenizer and need not bring one."""
+    name = "encoder.block.23.layer.1.DenseReluDense.wi_1.weight"
+    with opened(tmp_path, "t5", {}) as file:
+        assert tokenizers.tokenizer_tensors(file, {**UMT5, name: torch.zeros(5120, 2)}) == {}
+        for others in ({}, {name: torch.zeros(10240, 2)}):
+            with pytest.raises(GGUFError):
+                tokenizers.tokenizer_tensors(file, {**UMT5, **others})
 
 
 def test_tokenizer_among_the_tensors_is_kept(tmp_path: Path) -> None:
     with opened(tmp_path, "gemma3", tiny.bpe(LINES, SIZE).metadata) as file:
-        assert tokenizers.tokenizer_tensors(file, ("spiece_model",)) == {}
+        assert tokenizers.tokenizer_tensors(file, {"spiece_model": torch.zeros(1)}) == {}
 
 
 @pytest.mark.parametrize(
@@ -114,6 +126,6 @@ def test_tokenizer_among_the_tensors_is_kept(tmp_path: Path) -> None:
 def test_vocabulary_that_says_too_little(tmp_path: Path, change: dict[str, Any], words: str) -> None:
     metadata = {k: v for k, v in (tiny.bpe(LINES, SIZE).metadata | change).items() if v is not None}
     with opened(tmp_path, "gemma3", metadata) as file, pytest.raises(GGUFError) as error:
-        tokenizers.tokenizer_tensors(file, ())
+        tokenizers.tokenizer_tensors(file, {})
     assert words in str(error.value)
     assert "made by llama.cpp" in str(error.value)

@@ -81,9 +81,8 @@ def _tried(
     except Exception as error:
         failures[data.device.type, ggml_type] = reason(error)
         log.warning(
-            "the %s kernel%s does not work on %s, torch takes over, more slowly; update driver and Triton: %s",
-            ggml_type.name,
-            " for few rows" if failures is _not_few else "",
+            "the %s kernel does not work on %s, torch takes over, more slowly; update driver and Triton: %s",
+            f"{ggml_type.name} few-row" if failures is _not_few else ggml_type.name,
             data.device,
             reason(error),
         )

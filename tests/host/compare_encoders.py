@@ -24,8 +24,11 @@ from comfy_kitchen.tensor import QuantizedTensor  # noqa: E402
 from host import encoder_files  # noqa: E402
 from host.tiny_encoder import ENCODERS, TEXT, VOCABULARY, TinyEncoder  # noqa: E402
 from host.tiny_files import Tensor, zeroed  # noqa: E402
+from pack.loaders.quant.layout import is_gguf  # noqa: E402
 from pack.loaders.text_encoder import load_text_encoder  # noqa: E402
+from pack.loaders.text_layers import Vocabulary  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 torch.set_num_threads(1)
 FALLBACKS: list[str] = []  # what made a whole weight dense because nothing of ours handles it
@@ -100,14 +103,51 @@ def written_logits(clip: comfy.sd.CLIP, tokens: list) -> torch.Tensor:
     numbers = [[token[0] for token in batch] for batch in tokens]
     embeds = model.process_tokens(numbers, torch.device("cpu"))
     hidden = model.transformer.model(None, embeds=embeds, input_ids=torch.tensor(numbers))[0]
+    Made.writing = True
+    logits = model.transformer.logits(hidden)[:, -1]
+    Made.writing = False
     picture = torch.rand((1, 96, 96, 3), generator=torch.Generator().manual_seed(3))
     seen = model.transformer.preprocess_embed({"type": "image", "data": picture}, torch.device("cpu"))[0]
-    return torch.cat([hidden[:, -1], model.transformer.logits(hidden)[:, -1], seen.reshape(1, -1)], dim=-1)
+    return torch.cat([hidden[:, -1], logits, seen.reshape(1, -1)], dim=-1)
 
 
 def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     assert one.keys() == other.keys()
     return max(float((one[key].float() - other[key].float()).abs().max()) for key in one)
+
+
+class Made(TorchDispatchMode):
+    """How many numbers the plain tensors have that operations make."""
+
+    writing = False  # logits are a product with the whole table; on a CPU it is dense for that
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if is_plain(result) and result.is_floating_point() and not (Made.writing or result.is_meta):
+            memory = result.untyped_storage().data_ptr()
+            if all(arg.untyped_storage().data_ptr() != memory for arg in args if is_plain(arg)):  # no view of the file
+                self.sizes.add(result.numel())
+        return result
+
+
+def is_plain(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and not isinstance(value, QuantizedTensor)
+
+
+def tables_of(clip: comfy.sd.CLIP, tiny: TinyEncoder, sizes: set[int]) -> dict[str, tuple[bool, bool]]:
+    """The GGUF's tables of words: whether anything as large was made of numbers, and whether that would be seen."""
+    found = {}
+    for name, layer in clip.cond_stage_model.named_modules():
+        table = None if name.startswith(tiny.beside) else getattr(layer, "weight", None)
+        if isinstance(layer, Vocabulary) and isinstance(table, torch.Tensor) and is_gguf(table):
+            with Made() as whole:
+                table.dequantize()
+            found[name] = (table.numel() in sizes, table.numel() in whole.sizes)
+    return found
 
 
 def probe_of(tensors: dict[str, Tensor]) -> str:
@@ -134,12 +174,14 @@ def compare(name: str, folder: Path) -> dict[str, object]:
             beside.append(files[0])
             dense.append(files[1])
         theirs = load_theirs([theirs_path, *dense], tiny)
-        ours = load_text_encoder([ours_path, *beside], tiny.clip_type)
+        with Made() as loading:
+            ours = load_text_encoder([ours_path, *beside], tiny.clip_type)
         tokens = tokens_for(theirs, tiny)
         same_tokens = str(theirs.tokenize(TEXT)) == str(ours.tokenize(TEXT))
         expected = encoded(theirs, tokens_for(theirs, tiny))  # type: ignore[arg-type]
         FALLBACKS.clear()
-        result = encoded(ours, tokens)  # type: ignore[arg-type]
+        with Made() as encoding:
+            result = encoded(ours, tokens)  # type: ignore[arg-type]
         fallbacks = list(FALLBACKS)
         named = folder / f"{name}-names.gguf"
         encoder_files.write_with_original_names(named, tiny, made)
@@ -160,6 +202,7 @@ def compare(name: str, folder: Path) -> dict[str, object]:
             "probe": probe,
             "difference_without_probe": difference(without, expected),
             "fallbacks": fallbacks,
+            "tables": tables_of(ours, tiny, loading.sizes | encoding.sizes),
             "quantised": sum(isinstance(p, QuantizedTensor) for p in ours.cond_stage_model.parameters()),
             "bytes": {"ours": ours.patcher.model_size(), "theirs": theirs.patcher.model_size()},
         }

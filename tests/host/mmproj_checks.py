@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 FOLDER = Path(sys.argv[1])
@@ -18,11 +20,13 @@ import comfy.options  # noqa: E402
 comfy.options.enable_args_parsing()
 import torch  # noqa: E402
 from host import encoder_files  # noqa: E402
-from host.tiny_encoder import ENCODERS  # noqa: E402
+from host.tiny_encoder import ENCODERS, LLAMA, TEXT, VOCABULARY  # noqa: E402
+from pack.loaders import mmproj, text_encoder  # noqa: E402
 from pack.loaders.gguf.errors import GGUFError  # noqa: E402
 from pack.loaders.gguf.reader import GGUFFile  # noqa: E402
 from pack.loaders.mmproj import find_projector, is_projector  # noqa: E402
 from pack.loaders.text_encoder import load_text_encoder  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
 TINY = ENCODERS["qwen25_7b"]
 MADE = encoder_files.Files({}, {}, {}, None, {})
@@ -125,6 +129,60 @@ def check_unknown_tensor_in_projector() -> None:
     encoder_files.write_gguf(place / "mmproj.gguf", "clip", metadata, {**MADE.projector, "v.strange.weight": extra})
     said = refusal(lambda: load_text_encoder([place / MODEL], TINY.clip_type))
     assert "mmproj.gguf" in said and "'v.strange.weight'" in said
+
+
+def check_small_gemma_reads_text_beside_its_projector() -> None:
+    """The host's own encoder of a Gemma 3 4B that sees fails at every text, so the projector is left out."""
+    large = ENCODERS["gemma3_12b"]
+    sees = {**next(iter(large.sizes.values())), "num_hidden_layers": 4}
+    reads = {name: size for name, size in sees.items() if name not in ("vision_config", "mm_tokens_per_image")}
+    sizes = {f"{LLAMA}:Gemma3_4B_Vision_Config": sees, f"{LLAMA}:Gemma3_4B_Config": reads}
+    tiny = replace(large, model=f"{LLAMA}:Gemma3_4B_Vision", sizes=sizes)
+    place = FOLDER / "gemma"
+    place.mkdir()
+    path, projector = place / "gemma-3-4b-it-Q4_K_M.gguf", place / "mmproj-gemma-3-4b.gguf"
+    with encoder_files.shrunk(tiny):
+        made = encoder_files.files_of(tiny)
+        encoder_files.write_model(path, tiny, made)
+        encoder_files.write_projector(projector, tiny, made)
+        lines = Lines()
+        mmproj.log.addHandler(lines)
+        mmproj.log.setLevel(logging.INFO)
+        clip = load_text_encoder([path], tiny.clip_type)
+        mmproj.log.removeHandler(lines)
+        tokens = {k: [[(t % VOCABULARY, w) for t, w in b] for b in v] for k, v in clip.tokenize(TEXT).items()}
+        assert clip.encode_from_tokens(tokens).isfinite().all()
+        said = [line for line in lines if projector.name in line]
+        assert len(said) == 1 and "48 layers" in said[0], list(lines)
+        said_of_chosen = refusal(lambda: load_text_encoder([path, projector], tiny.clip_type))
+        assert "48 layers" in said_of_chosen and "leave it out" in said_of_chosen
+
+
+def check_file_with_the_tokenizer_comes_first() -> None:
+    """The host looks for it in the first of LTX's two files, and the node says that their order does not matter."""
+    tiny = ENCODERS["gemma2"]
+    model, dense, connectors = (FOLDER / name for name in ("g.gguf", "g.safetensors", "connectors.safetensors"))
+    with encoder_files.shrunk(tiny):
+        made = encoder_files.files_of(tiny)
+        encoder_files.write_model(model, tiny, made)
+        encoder_files.write_safetensors(dense, tiny, made)
+    save_file({"text_embedding_projection.weight": torch.zeros(4, 4)}, connectors)
+    for order in ([connectors, model], [model, connectors]):
+        files: list[GGUFFile] = []
+        first, second = text_encoder._sources(order, files, "ltxv")
+        assert (first.path, second.path) == (model, connectors) and "spiece_model" in first.tensors
+        files[0].close()
+    assert sorted([connectors, dense], key=text_encoder._brings_no_tokenizer) == [dense, connectors]
+
+
+class Lines(logging.Handler, list):
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.append(record.getMessage())
+
+    __hash__ = object.__hash__
 
 
 def main() -> None:

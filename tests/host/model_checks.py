@@ -13,6 +13,7 @@ import json
 import logging
 import re
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -180,6 +181,13 @@ def with_lora(patcher, strength: float = 1.0):
 
 def weights(patcher) -> dict[str, QuantizedTensor]:
     return {k: p for k, p in patcher.model.named_parameters() if isinstance(p, QuantizedTensor)}
+
+
+def compilers_done() -> None:
+    """Wait until no kernel is compiled for somebody who has not asked for it yet."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("sluice-compile"):
+            thread.join(60)
 
 
 def plain_tensors_of(sizes: set[int]) -> list[torch.Tensor]:

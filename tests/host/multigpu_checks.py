@@ -56,7 +56,10 @@ def two_calls(model: Any) -> torch.Tensor:
 
 
 def split(model: Any) -> Any:
-    comfy.model_management.cleanup_models_gc()  # as the executor does before a prompt: the node stumbles over the dead
+    comfy.model_management.cleanup_models_gc()  # as the executor does before a prompt
+    # The node stumbles over models that were collected with what they are clones of, whose network lives.
+    loaded = comfy.model_management.current_loaded_models
+    loaded[:] = [entry for entry in loaded if entry.model is not None]
     return MultiGPUCFGSplitNode.execute(model, 2).args[0]
 
 
@@ -211,6 +214,7 @@ def nothing_left(*models: Any) -> None:
             patcher.detach()
     comfy.model_management.current_loaded_models.clear()
     gc.collect()
+    base.compilers_done()
     names = [thread.name for thread in threading.enumerate() if thread.name.startswith("sluice")]
     assert not names, names
 

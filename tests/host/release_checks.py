@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from host import stage_checks as stages  # switches the host to the mode that th
 import comfy.model_management  # isort: skip
 import comfy.sd  # isort: skip
 import torch  # isort: skip
-from host.model_checks import FOLDER, GGUF, ON_GPU, SAFETENSORS
+from host import encoder_files
+from host.model_checks import FOLDER, GGUF, MODE, ON_GPU, SAFETENSORS
 from host.stage_checks import (
     DIFFUSION,
     ENCODER,
@@ -31,6 +33,7 @@ from host.stage_checks import (
     same,
     told,
 )
+from host.tiny_encoder import ENCODERS
 from pack.loaders.diffusion import load_diffusion_model
 from pack.loaders.gguf.errors import GGUFError
 from pack.loaders.text_encoder import load_text_encoder
@@ -248,6 +251,37 @@ def check_model_of_the_host_says_that_its_ram_stays() -> None:
     (event,) = told(lambda: release("diffusion_model", "dispose"))
     assert "stay in RAM" in event.why and not is_loaded(model)
     assert torch.equal(latent(model), expected)
+
+
+def check_text_encoder_from_safetensors_says_what_stays() -> None:
+    """Of two files, one of them GGUF, and of one file."""
+    if MODE != "classic":  # granted: the host reads safetensors through what the stand-in stands in for
+        return
+    nothing_loaded()
+    tiny = ENCODERS["llama3"]
+    path, beside = FOLDER / "pair.gguf", FOLDER / "pair.safetensors"
+    with encoder_files.shrunk(tiny):
+        encoder_files.write_model(path, tiny, encoder_files.files_of(tiny))
+        encoder_files.write_safetensors(beside, ENCODERS["clip_l"], encoder_files.files_of(ENCODERS["clip_l"]))
+        pair = load_text_encoder([path, beside], tiny.clip_type)
+        alone = load_text_encoder([beside], "stable_diffusion")
+    # The host keeps what is all of safetensors in 16 bits; the file has 32.
+    for clip, closed, share in ((pair, "its file is closed; ", 1.0), (alone, "", 0.5)):
+        weights = {name: weight.clone() for name, weight in clip.patcher.model.state_dict().items()}
+        clip.load_model()
+        happened = told(lambda: release("text_encoder", "dispose"))
+        (why,) = {event.why for event in happened if event.what == type(clip.patcher.model).__name__}
+        stated = re.search(
+            rf"Release Memory: {closed}(?:its )?([0-9.]+) MB stay in RAM, because they were not mapped", why
+        )
+        wanted = share * beside.stat().st_size
+        assert stated and 0.95 < float(stated[1]) * 1e6 / wanted < 1.1, (why, wanted)
+        gc.collect()
+        assert not maps_of(path)
+        clip.load_model()
+        found = clip.patcher.model.state_dict()
+        assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+        del found  # which looks at the file
 
 
 def check_words_that_do_not_exist() -> None:

@@ -83,6 +83,7 @@ def held() -> dict[str, int]:
     comfy.model_management.cleanup_models_gc()
     gc.collect()
     comfy.model_management.soft_empty_cache()
+    base.compilers_done()
     process = psutil.Process()
     status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     maps = process.memory_maps(grouped=False)

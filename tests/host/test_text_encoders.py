@@ -52,3 +52,6 @@ def test_hidden_states_equal_the_hosts(compared, version: str, name: str) -> Non
     assert found["quantised"] > 0
     assert found["bytes"]["ours"] < found["bytes"]["theirs"] * 0.95
     assert found["fallbacks"] == []
+    # Nor of a table of words as a whole, which a watcher would have seen.
+    assert found["tables"]
+    assert {name: seen for name, seen in found["tables"].items() if seen != [False, True]} == {}
