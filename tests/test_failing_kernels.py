@@ -51,7 +51,6 @@ def undecided(monkeypatch: pytest.MonkeyPatch) -> None:
 def break_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> GGMLType:
     ggml_type = GGMLType[name]
     monkeypatch.setitem(launch.KERNELS, ggml_type, replace(launch.KERNELS[ggml_type], decode=broken))
-    monkeypatch.delitem(launch.LEAN, ggml_type, raising=False)
     return ggml_type
 
 

@@ -29,10 +29,10 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def dequantised_like_a_large_one(
-    kernel: launch.Kernel, ggml_type: GGMLType, offset: int, rng, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@quantised
+def test_dequantised(ggml_type: GGMLType, rng, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two full programs and a part of one, enough blocks for each special scale once."""
+    kernel = launch.KERNELS[ggml_type]
     monkeypatch.setattr(launch, "SMALL", 0)
     cuts, choose = [], launch.Kernel.cut
 
@@ -41,9 +41,8 @@ def dequantised_like_a_large_one(
         return cuts[-1]
 
     monkeypatch.setattr(launch.Kernel, "cut", noted)
-    blocks = max(2 * kernel.large[0] // kernel.per_block * kernel.together + 3 * kernel.together, 26)
-    data = placed(random_blocks(ggml_type, blocks, rng), offset)
-    assert launch.to_dequantize(ggml_type, data.data_ptr(), blocks) is kernel
+    blocks = max(2 * kernel.large[0] // kernel.per_block + 3, 26)
+    data = placed(random_blocks(ggml_type, blocks, rng), 0)
     shape = (blocks, BLOCKS[ggml_type].elements)
     for dtype in DTYPES:
         want = reference.dequantize(data, ggml_type, shape, dtype)
@@ -51,17 +50,6 @@ def dequantised_like_a_large_one(
         assert got.device == DEVICE
         assert_same_bits(got, want)
     assert cuts and set(cuts) == {kernel.large}
-
-
-@quantised
-def test_dequantised(ggml_type: GGMLType, rng, monkeypatch: pytest.MonkeyPatch) -> None:
-    offset = 2 if ggml_type in launch.LEAN else 0  # where there is a leaner one, it is not for such bytes
-    dequantised_like_a_large_one(launch.KERNELS[ggml_type], ggml_type, offset, rng, monkeypatch)
-
-
-@pytest.mark.parametrize("ggml_type", sorted(launch.LEAN), ids=lambda t: t.name)
-def test_dequantised_with_fewer_instructions(ggml_type: GGMLType, rng, monkeypatch) -> None:
-    dequantised_like_a_large_one(launch.LEAN[ggml_type], ggml_type, 0, rng, monkeypatch)
 
 
 @quantised
