@@ -7,7 +7,8 @@ node, classic patcher); FILE is bf16, fp8, q8_0 or q4_k, and LOADER+swap is a lo
 sluice-host is the pack's loader where the host manages the memory, under either patcher. FREE is how many GB of VRAM
 the model is left with, instead of what --free says. Every run is a process of its own, the cases take turns (A B A B),
 and each measures 1024 x 1024 and 256 x 256 pixels, or what --pixels says. VRAM is taken away by an allocation outside
-torch.
+torch. In the end, where bf16:native:0 is among the cases, each classic case with all VRAM is put beside it: its step to
+bf16's, and its peak to what it may be, its file and OVERHEAD_GB more than bf16 takes beyond its own file.
 
 The checkpoints (11.9 B parameters, FLUX.1-dev's shapes) are written to DIR when they are missing: 26 GB of RAM and
 up to 57 GB of disk. The GGUF files are the bf16 file quantised (`_flux_files.py`). PYTHONPATH must hold ComfyUI and its
@@ -37,6 +38,7 @@ PACK = Path(__file__).resolve().parents[1]
 DEFAULT_CASES = ("bf16:native:1", "q8_0:sluice:0", "q4_k:sluice:0", "q8_0:sluice:1", "q4_k:sluice:1")
 PIXELS = (1024, 256)
 STEPS = 8
+OVERHEAD_GB = 0.4
 
 
 def make_checkpoints(folder: Path, kinds: set[str]) -> None:
@@ -248,7 +250,31 @@ def main() -> None:
                 sep="\n    ",
                 flush=True,
             )
+    beside_bf16(args, results)
     return None
+
+
+def beside_bf16(args: argparse.Namespace, results: dict[str, list[dict]]) -> None:
+    """Print what classic cases with all VRAM took beside bf16. (Pages of dynamic VRAM are not in torch's peak.)"""
+
+    def bytes_gb(case: str) -> float:
+        return checkpoint(args.work, case.partition(":")[0]).stat().st_size / 1e9
+
+    base = "bf16:native:0"
+    if args.free or not results.get(base):
+        return
+    beyond = max(run["peak_reserved_gb"] for run in results[base]) - bytes_gb(base)
+    for case, runs in results.items():
+        _, _, dynamic, *free = case.split(":")
+        if case == base or not runs or dynamic == "1" or any(map(float, free)):
+            continue
+        ratios = (
+            f"{side}px {sum(r[f'{side}px']['step_ms'] for r in runs) / len(runs) / mean:.3f} x bf16"
+            for side in args.pixels
+            for mean in [sum(r[f"{side}px"]["step_ms"] for r in results[base]) / len(results[base])]
+        )
+        peak = max(run["peak_reserved_gb"] for run in runs)
+        print(case, *ratios, f"peak {peak:.2f} of {bytes_gb(case) + OVERHEAD_GB + beyond:.2f} GB", sep="  ", flush=True)
 
 
 def run_self(arguments: list[str], check: bool = True, timeout: float | None = None) -> subprocess.CompletedProcess:

@@ -161,9 +161,8 @@ def test_a_bound_call_makes_the_same_bits_each_time_anew(name, rng):
 
 @pytest.mark.cuda
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["Q4_0", "MXFP4", "Q4_K", "IQ2_XXS"])
-def test_more_than_two_to_the_31_elements(name, rng):
-    ggml_type = GGMLType[name]
+@pytest.mark.parametrize("ggml_type", sorted(QUANTISED), ids=lambda t: t.name)
+def test_more_than_two_to_the_31_elements(ggml_type, rng):
     layout = BLOCKS[ggml_type]
     pattern = placed(random_blocks(ggml_type, 4099, rng), 0)  # a prime number: no power of two falls on its start
     repeats = 2**31 // (4099 * layout.elements) + 2

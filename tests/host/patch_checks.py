@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from host import model_checks as base  # switches the host to the mode that the command line names, so it comes first
 
@@ -15,6 +17,7 @@ import comfy.hooks  # isort: skip
 import comfy.model_management  # isort: skip
 import comfy.sample  # isort: skip
 import comfy.sd  # isort: skip
+import comfy.weight_adapter  # isort: skip
 import gguf  # isort: skip
 import numpy as np  # isort: skip
 import torch  # isort: skip
@@ -213,7 +216,23 @@ def widened(patcher):
     return patcher
 
 
+def widened_by_lora(patcher):
+    """The same by a LoRA whose file has a `reshape_weight` for it."""
+    rows, columns = weights(patcher)[WEIGHT].shape if weights(patcher) else patcher.get_model_object(WEIGHT).shape
+    generator = torch.Generator().manual_seed(2)
+    up, down = torch.randn(rows, 4, generator=generator), torch.randn(4, 2 * columns, generator=generator)
+    patcher = patcher.clone()
+    lora = comfy.weight_adapter.LoRAAdapter(set(), (up, down, None, None, None, [rows, 2 * columns]))
+    assert patcher.add_patches({WEIGHT: lora}, 0.5) == [WEIGHT]
+    return patcher
+
+
 def check_reshaping_patches_go_the_hosts_way() -> None:
+    for way in (widened, widened_by_lora):
+        reshaping_goes_the_hosts_way(way)
+
+
+def reshaping_goes_the_hosts_way(widened: Callable[[Any], Any]) -> None:
     patcher, plain_model = load_diffusion_model(GGUF), reference()
     before, count = latent(patcher), len(weights(patcher))
     saved, inputs = [], weights(patcher)[WEIGHT].shape[1]

@@ -7,7 +7,9 @@ from typing import Any
 from host import stage_checks as stages  # switches the host to the mode that the command line names, so it comes first
 
 import comfy.model_management  # isort: skip
+import latent_preview  # isort: skip
 import torch  # isort: skip
+from comfy.cli_args import LatentPreviewMethod, args  # isort: skip
 from host.model_checks import GGUF
 from host.stage_checks import NO_ROOM, WITHOUT_ROOM, Picture, is_loaded, latent, nothing_loaded, told
 from pack.loaders.diffusion import load_diffusion_model
@@ -53,6 +55,38 @@ def check_second_pass_of_another_size() -> None:
     for mode in WITHOUT_ROOM:
         nothing_loaded()
         assert stages.same(twice(Picture(StagePolicy(mode, **NO_ROOM))), expected), mode
+
+
+def check_previews_between_steps() -> None:
+    """They are made while the diffusion model is in use, and no stage begins for them."""
+
+    def draw(picture: Picture) -> tuple[list[bytes], list[set[str]]]:
+        previewer = latent_preview.get_previewer(picture.model.load_device, picture.model.model.latent_format)
+        shown: list[bytes] = []
+        loaded: list[set[str]] = []
+
+        def callback(step: int, x0: torch.Tensor, x: torch.Tensor, steps: int) -> None:
+            shown.append(previewer.decode_latent_to_preview(x0).tobytes())
+            loaded.append(picture.loaded())
+
+        picture.encode_text()
+        picture.decode(picture.sample(steps=3, callback=callback))
+        return shown, loaded
+
+    method, args.preview_method = args.preview_method, LatentPreviewMethod.Latent2RGB
+    try:
+        nothing_loaded()
+        expected, _ = draw(Picture())
+        assert len(set(expected)) == 3
+        for mode in WITHOUT_ROOM:
+            nothing_loaded()
+            picture = Picture(StagePolicy(mode, **NO_ROOM))
+            for _ in range(2):
+                shown, loaded = draw(picture)
+                assert shown == expected, mode
+                assert all(stages.DIFFUSION in names for names in loaded) and loaded[0] == loaded[-1], (mode, loaded)
+    finally:
+        args.preview_method = method
 
 
 def check_text_encoder_that_does_not_fit_says_what_to_do() -> None:

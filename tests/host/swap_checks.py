@@ -51,7 +51,7 @@ DIALS: dict[str, dict[str, Any]] = {
 Interrupt = comfy.model_management.InterruptProcessingException
 
 
-def latent(patcher, steps: int = 2, batch: int = 1, negative_tokens: int = 77) -> torch.Tensor:
+def latent(patcher, steps: int = 2, batch: int = 1, negative_tokens: int = 77, callback=None) -> torch.Tensor:
     """A picture; prompts of different lengths are two calls of the model for each step, and else one."""
     generator = torch.Generator().manual_seed(5)
     noise = torch.randn(batch, 16, 8, 8, generator=generator)
@@ -62,7 +62,7 @@ def latent(patcher, steps: int = 2, batch: int = 1, negative_tokens: int = 77) -
 
     return comfy.sample.sample(
         patcher, noise, steps, 3.0, "euler", "simple", condition(77), condition(negative_tokens),
-        torch.zeros_like(noise), disable_pbar=True, seed=1,
+        torch.zeros_like(noise), disable_pbar=True, seed=1, callback=callback,
     )  # fmt: skip
 
 
