@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -57,6 +58,15 @@ def write(folder: Path, rank: int, blocks: float) -> dict[str, Path]:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    paths["one Q8_0 difference gguf"] = folder / "q8_0.gguf"
+    writer = gguf.GGUFWriter(paths["one Q8_0 difference gguf"], "flux")
+    numbers = np.random.default_rng(0).standard_normal((10752, 3072), dtype=np.float32)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    writer.add_tensor("single_0_0.diff", gguf.quants.quantize(numbers, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     return paths
 
 
@@ -70,11 +80,16 @@ def measure(reader: str, path: Path) -> dict[str, Any]:
     package = types.ModuleType("pack")
     package.__path__ = [str(ROOT)]
     sys.modules["pack"] = package
+    from pack.loaders.gguf.reader import GGUFFile
     from pack.lora.read import read
 
     torch.set_num_threads(2)
     (torch.randn(64, 64) @ torch.randn(64, 64)).bfloat16()  # starts torch's threads
-    sizes = [tensor.nbytes for tensor in load_file(path).values()] if path.suffix == ".safetensors" else []
+    if path.suffix == ".safetensors":
+        sizes = [tensor.nbytes for tensor in load_file(path).values()]
+    else:
+        with GGUFFile(path) as file:
+            sizes = [info.nbytes for info in file.tensors.values()]
     gc.collect()
     before, peak, done = anonymous(), [0], threading.Event()
 
@@ -91,7 +106,7 @@ def measure(reader: str, path: Path) -> dict[str, Any]:
     watcher.join()
     kept = sum(tensor.nbytes for tensor in tensors.values())
     half = sum(tensor.numel() * 2 for tensor in tensors.values())
-    largest = max(sizes, default=max(tensor.numel() * 4 for tensor in tensors.values()))
+    largest = max(sizes)
     return {
         **{"seconds": seconds, "peak_bytes": max(peak[0], anonymous()) - before, "kept_bytes": kept},
         **{"bfloat16_bytes": half, "largest_tensor_bytes": largest, "bound_bytes": int(1.2 * half) + largest},
@@ -118,7 +133,7 @@ def main() -> int:
                 rows.append({"file": kind, "reader": reader, **json.loads(answer.read_text(encoding="utf-8"))})
                 row = rows[-1]
                 print(
-                    f"{kind:22} {reader:10} {row['seconds']:5.2f} s  peak {row['peak_bytes'] / 1e6:7.1f} MB  kept "
+                    f"{kind:24} {reader:10} {row['seconds']:5.2f} s  peak {row['peak_bytes'] / 1e6:7.1f} MB  kept "
                     f"{row['kept_bytes'] / 1e6:7.1f} MB  bound {row['bound_bytes'] / 1e6:7.1f} MB",
                     flush=True,
                 )

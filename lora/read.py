@@ -26,7 +26,7 @@ import torch
 from ..loaders import safetensors_header
 from ..loaders.gguf.errors import INCOMPLETE, GGUFError, not_gguf, shown
 from ..loaders.gguf.reader import GGUFFile
-from ..loaders.gguf.types import NO_REFERENCE, PLAIN
+from ..loaders.gguf.types import BLOCKS, NO_REFERENCE, PLAIN, GGMLType
 from ..loaders.quant.dispatch import dequantize
 from ..loaders.quant.reference import PLAIN_DTYPES
 from ..loaders.read_ahead import Watch, read_ahead, unwatched
@@ -36,6 +36,7 @@ from .filling import fill, is_wide, lay_out
 from .garbage import put_off
 
 PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+SLICE = 4 << 20  # bytes of a quantised tensor that are turned into numbers at once
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 
 
@@ -137,9 +138,21 @@ def _gguf_tensors(file: GGUFFile) -> Iterator[tuple[str, torch.Tensor]]:
         if info.nbytes == 0:
             yield name, torch.empty(info.shape)
             continue
+        if info.ggml_type not in PLAIN:
+            yield name, _dequantized(file.view(name), info.ggml_type, info.shape)
+            continue
         mapped = torch.frombuffer(bytearray(file.view(name)), dtype=torch.uint8)
-        if info.ggml_type in PLAIN:
-            tensor = mapped.view(PLAIN_DTYPES[info.ggml_type]).view(info.shape)
-        else:
-            tensor = dequantize(mapped, info.ggml_type, info.shape, torch.bfloat16)
+        tensor = mapped.view(PLAIN_DTYPES[info.ggml_type]).view(info.shape)
         yield name, tensor.to(torch.bfloat16) if is_wide(tensor.dtype, info.shape) else tensor
+
+
+def _dequantized(data: memoryview, ggml_type: GGMLType, shape: tuple[int, ...]) -> torch.Tensor:
+    """In bfloat16, by slices: neither a copy of the bytes nor the numbers in float32 are ever whole."""
+    layout, whole = BLOCKS[ggml_type], torch.empty(shape, dtype=torch.bfloat16)
+    step = SLICE // layout.nbytes
+    for start in range(0, len(data) // layout.nbytes, step):
+        piece = torch.frombuffer(bytearray(data[start * layout.nbytes :][: step * layout.nbytes]), dtype=torch.uint8)
+        elements = piece.numel() // layout.nbytes * layout.elements
+        out = whole.view(-1)[start * layout.elements :][:elements]
+        out.copy_(dequantize(piece, ggml_type, (elements,), torch.bfloat16))
+    return whole

@@ -15,6 +15,7 @@ import builders as b
 import numpy as np
 import pytest
 import torch
+from block_bytes import random_blocks
 from pack.loaders import safetensors_header
 from pack.loaders.gguf.errors import GGUFError
 from pack.loaders.gguf.types import GGMLType
@@ -242,6 +243,20 @@ def test_gguf_adapters_get_the_names_that_comfyui_knows(tmp_path: Path, alpha: f
     assert found.metadata["adapter.type"] == "lora"
     path.unlink()  # nothing holds it
     assert torch.isfinite(found.tensors[names[1]]).all()
+
+
+@pytest.mark.parametrize("blocks_at_once", [1, 3, 7, 1000])
+def test_quantised_factors_are_read_by_slices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks_at_once: int
+) -> None:
+    monkeypatch.setattr(reading, "SLICE", blocks_at_once * 34 + 5)
+    blocks = random_blocks(GGMLType.Q8_0, 20, np.random.default_rng(5), specials=False)
+    given = b.Tensor("lora_unet_x.diff", (10, 64), b.Q8_0, blocks.tobytes())
+    path = tmp_path / "a.gguf"
+    path.write_bytes(b.gguf_bytes({"general.type": "adapter"}, [given]))
+    payload = torch.frombuffer(bytearray(given.payload), dtype=torch.uint8)
+    (found,) = read(path).tensors.values()
+    assert torch.equal(found, reference.dequantize(payload, GGMLType.Q8_0, (10, 64), torch.bfloat16))
 
 
 def test_damaged_gguf_is_an_error(tmp_path: Path) -> None:
