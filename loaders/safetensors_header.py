@@ -61,6 +61,28 @@ def parse(file: BinaryIO, size: int) -> tuple[list[Entry], dict[str, str]]:
     Raises:
         MalformedError: the header is none, or names bytes that the file does not have.
     """
+    header, start = _header(file, size)
+    metadata = header.pop("__metadata__", None)
+    entries = [_entry(name, value, start, size) for name, value in header.items()]
+    entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
+    for one, other in pairwise(entry for entry in entries if entry.nbytes):
+        if one.offset + one.nbytes > other.offset:  # a small file could ask for any amount of memory
+            raise MalformedError(f"tensors {one.name[:80]!r} and {other.name[:80]!r} are said to lie at the same place")
+    strings = metadata.items() if isinstance(metadata, dict) else ()
+    return entries, {str(k): v for k, v in strings if isinstance(v, str)}
+
+
+def names(file: BinaryIO, size: int) -> set[str]:
+    """Of the tensors, whatever their types.
+
+    Raises:
+        MalformedError: the header is none.
+    """
+    return _header(file, size)[0].keys() - {"__metadata__"}
+
+
+def _header(file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
+    """And where the tensors' bytes begin."""
     head = file.read(8)
     length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
     if length > min(size - 8, MAX_HEADER_BYTES):
@@ -71,14 +93,7 @@ def parse(file: BinaryIO, size: int) -> tuple[list[Entry], dict[str, str]]:
         raise MalformedError(f"its header is no JSON ({type(error).__name__})") from error
     if not isinstance(header, dict):
         raise MalformedError("its header is no JSON object")
-    metadata = header.pop("__metadata__", None)
-    entries = [_entry(name, value, 8 + length, size) for name, value in header.items()]
-    entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
-    for one, other in pairwise(entry for entry in entries if entry.nbytes):
-        if one.offset + one.nbytes > other.offset:  # a small file could ask for any amount of memory
-            raise MalformedError(f"tensors {one.name[:80]!r} and {other.name[:80]!r} are said to lie at the same place")
-    strings = metadata.items() if isinstance(metadata, dict) else ()
-    return entries, {str(k): v for k, v in strings if isinstance(v, str)}
+    return header, 8 + length
 
 
 def _entry(name: str, value: Any, start: int, size: int) -> Entry:

@@ -226,8 +226,7 @@ def _sources(paths: Sequence[Path], files: list[GGUFFile], clip_type: str) -> li
 def _brings_no_tokenizer(path: Path) -> bool:
     """Of a safetensors file. What is wrong with one is for the host to say."""
     with contextlib.suppress(OSError, ValueError), path.open("rb") as file:
-        entries, _ = safetensors_header.parse(file, path.stat().st_size)
-        return TOKENIZER_KEYS.isdisjoint(entry.name for entry in entries)
+        return TOKENIZER_KEYS.isdisjoint(safetensors_header.names(file, path.stat().st_size))
     return True
 
 

@@ -123,11 +123,12 @@ def lay_out(entries: Sequence[Entry]) -> tuple[dict[str, torch.Tensor], list[Kep
 def _memory(nbytes: int) -> torch.Tensor:
     """By [Note: New memory]."""
     if nbytes >= 2 * HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        # Not shared with children, as Python's default would have it: that is memory of another kind.
-        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with suppress(OSError):  # a kernel without them
-            pages.madvise(mmap.MADV_HUGEPAGE)
-        return torch.frombuffer(pages, dtype=torch.uint8)
+        with suppress(OSError):  # there is not so much: torch says so, nobody takes it for an error of the file
+            # Not shared with children, as Python's default would have it: that is memory of another kind.
+            pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with suppress(OSError):  # a kernel without them
+                pages.madvise(mmap.MADV_HUGEPAGE)
+            return torch.frombuffer(pages, dtype=torch.uint8)
     return torch.empty(nbytes, dtype=torch.uint8)
 
 

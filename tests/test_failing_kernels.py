@@ -145,3 +145,11 @@ def test_bytes_that_do_not_fit_are_no_fault_of_the_kernel() -> None:
     with pytest.raises(ValueError, match="Q8_0"):
         dispatch.dequantize(blocks_of(GGMLType.Q8_0)[:-1], GGMLType.Q8_0, SHAPE, torch.float16)
     assert not dispatch._failures
+
+
+def test_factors_that_do_not_fit_are_no_fault_of_the_kernel() -> None:
+    data, a, b = blocks_of(GGMLType.Q8_0), torch.zeros(4, 512, device=DEVICE), torch.zeros(6, 5, device=DEVICE)
+    with pytest.raises(ValueError, match="do not fit"):
+        product = slice(0, 6), a.bfloat16(), b.bfloat16()
+        dispatch.dequantize_with_products(data, GGMLType.Q8_0, SHAPE, [product])
+    assert not dispatch._too_large

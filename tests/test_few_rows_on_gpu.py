@@ -289,3 +289,22 @@ def test_other_devices_have_no_such_program():
     x, data = torch.zeros(1, 256, dtype=torch.bfloat16), torch.zeros(4 * 144, dtype=torch.uint8)
     assert products.planned(GGMLType.Q4_K, (4, 256), data, x, None, 1) is None
     assert not any("CUDA C" in choice for choice in dispatch.choices().values())
+
+
+@pytest.mark.cuda
+@on_hopper
+@pytest.mark.parametrize("m", [9, 16, 17, 24])
+@pytest.mark.parametrize("ggml_type", TYPES, ids=lambda t: t.name)
+def test_more_rows_go_in_eights(ggml_type: GGMLType, m: int, multiply, rng: np.random.Generator) -> None:
+    shape = (9216, 3072)
+    data, bias = weight(ggml_type, shape, rng), numbers(rng, shape[0]).bfloat16()
+    x = numbers(rng, 1, m, shape[1]).bfloat16()
+    assert dispatch.few_elements("cuda", ggml_type, shape) == 24 * shape[1]
+    parts = [multiply.linear(part, data, ggml_type, shape, bias) for part in x[0].split(8)]
+    call = dispatch.bind_linear(data, ggml_type, shape, bias)
+    for _ in range(3):
+        assert torch.equal(dispatch.linear_of_few(x, data, ggml_type, shape, bias), torch.cat(parts)[None])
+        assert torch.equal(call(x), torch.cat(parts)[None])
+    many = numbers(rng, 25, shape[1]).bfloat16()
+    assert dispatch.linear_of_few(many, data, ggml_type, shape, bias) is None
+    assert multiply.linear(many, data, ggml_type, shape, bias) is None and not multiply._failures

@@ -188,6 +188,19 @@ def _zip(value: object, path: Path) -> None:
         archive.writestr("archive/data.pkl", b"")
 
 
+def test_names_are_told_whatever_the_types(tmp_path: Path) -> None:
+    path = tmp_path / "mxfp8.safetensors"
+    scale = {"dtype": "F8_E8M0", "shape": [2], "data_offsets": [0, 2]}
+    path.write_bytes(raw_safetensors({"__metadata__": {"a": "b"}, "scale": scale}, bytes(2)))
+    with path.open("rb") as file:
+        assert safetensors_header.names(file, path.stat().st_size) == {"scale"}
+
+
+def test_memory_that_is_not_there_is_no_error_of_the_file() -> None:
+    with pytest.raises(RuntimeError, match=r"(?i)memory|alloc"):  # torch's own, which is no OSError
+        filling._memory(1 << 47)  # more than a process can address
+
+
 def test_missing_file_is_an_error_of_the_same_form(tmp_path: Path) -> None:
     with pytest.raises(LoraError, match=r"gone\.safetensors: it cannot be read .*; check its name"):
         read(tmp_path / "gone.safetensors")

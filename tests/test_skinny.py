@@ -198,9 +198,14 @@ def test_no_rows_make_no_rows(rng):
     assert multiply.linear(numbers(rng, 0, 256), data, GGMLType.Q4_K, (4, 256)).shape == (0, 4)
 
 
+def test_more_rows_than_are_worth_it_make_none(rng):
+    data, _ = weight(GGMLType.Q4_K, (4, 256), rng)
+    assert multiply.linear(numbers(rng, multiply.SKINNY_ROWS + 1, 256), data, GGMLType.Q4_K, (4, 256)) is None
+
+
 @pytest.mark.parametrize(
     ("x_shape", "bias_shape", "what"),
-    [((9, 256), (4,), "9 rows"), ((1, 512), (4,), "x of shape"), ((1, 256), (5,), "bias")],
+    [((9, 512), (4,), "x of shape"), ((1, 512), (4,), "x of shape"), ((1, 256), (5,), "bias")],
     ids=str,
 )
 def test_what_does_not_fit_is_refused(x_shape, bias_shape, what, rng):

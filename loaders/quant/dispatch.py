@@ -123,7 +123,7 @@ def few_elements(kind: str, ggml_type: GGMLType, shape: Sequence[int]) -> int:
     kernels = _kernels(kind, ggml_type)
     if kernels is None or (kind, ggml_type) in _not_few or shape[1] % BLOCKS[ggml_type].elements:
         return -1
-    return kernels.multiply.few(ggml_type, torch.device(kind)) * shape[1]
+    return kernels.multiply.few(ggml_type, torch.device(kind), shape) * shape[1]
 
 
 def linear_of_few(
@@ -138,7 +138,7 @@ def linear_of_few(
         return None
     kernels = _kernels(data.device.type, ggml_type)
 
-    def product(data: torch.Tensor, ggml_type: GGMLType) -> torch.Tensor:
+    def product(data: torch.Tensor, ggml_type: GGMLType) -> torch.Tensor | None:
         return kernels.multiply.linear(x, data, ggml_type, shape, bias)
 
     return _tried(_not_few, product, data, ggml_type)

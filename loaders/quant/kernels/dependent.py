@@ -49,8 +49,9 @@ def allowed(device: torch.device) -> bool:
 
 def give_up(device: torch.device, error: Exception) -> None:
     """A kernel works on `device` without, and not with it."""
-    _reasons[device] = f"it failed: {reason(error)}"
-    log.warning("kernels on %s wait for the end of the one before: launching them early failed: %s", device, error)
+    why = reason(error)
+    _reasons[device] = f"it failed: {why}"
+    log.warning("kernels on %s wait for the end of the one before: launching them early failed: %s", device, why)
 
 
 def choices() -> dict[str, str]:

@@ -35,6 +35,7 @@ import triton.language as tl
 
 from ...gguf.types import BLOCKS, GGMLType
 from . import kept, ternary
+from .failures import MismatchError
 from .launch import KERNELS, alignment, checked_blocks, decoder
 from .programs import product
 
@@ -168,7 +169,7 @@ def dequantize(
         cut: another configuration, to measure it.
 
     Raises:
-        ValueError: shapes that do not fit each other or the bytes.
+        MismatchError: shapes that do not fit each other or the bytes.
     """
     call = _call(data.contiguous(), ggml_type, a, b, out, cut)
     if call is not None:
@@ -213,7 +214,7 @@ def _call(
     blocks = checked_blocks(data, ggml_type, out.shape)
     rank = a.shape[0]
     if a.shape != (rank, k) or b.shape != (n, rank) or not fits(ggml_type, out.shape, out.dtype):
-        raise ValueError(f"factors {tuple(b.shape)} and {tuple(a.shape)} do not fit a weight {tuple(out.shape)}.")
+        raise MismatchError(f"factors {tuple(b.shape)} and {tuple(a.shape)} do not fit a weight {tuple(out.shape)}.")
     if not blocks:
         return None
     ranks = max(16, triton.next_power_of_2(rank))

@@ -29,7 +29,7 @@ from .tiling import TILINGS, USED, Tiling, arguments
 
 log = logging.getLogger("sluice.quant")
 
-SKINNY_ROWS = 8  # rows of x that `linear` takes; `few` says up to how many it is worth it
+SKINNY_ROWS = 8  # rows of x that a program takes at once; `few` says up to how many it is worth it
 MANY_ROWS = 6144  # rows of a weight from which on programs that make more of them still fill a GPU
 
 INTERPRETED = not isinstance(matrix.matrix, triton.runtime.JITFunction)
@@ -63,8 +63,10 @@ def tiling(ggml_type: GGMLType, device: torch.device, rows: int, m: int) -> Tili
     return known if m > (known.large if rows >= MANY_ROWS else known.small).above else None
 
 
-def few(ggml_type: GGMLType, device: torch.device) -> int:
-    """Rows of x up to which to multiply is faster than to dequantise and call cuBLAS."""
+def few(ggml_type: GGMLType, device: torch.device, shape: Sequence[int]) -> int:
+    """Rows of x up to which to multiply by a weight of `shape` is faster than to dequantise and call cuBLAS."""
+    if (products.SOURCE, ggml_type) not in _failures and (rows := products.rows_in_eights(ggml_type, device, shape)):
+        return rows
     return FRAGMENTS[ggml_type].few if by_matrix(ggml_type, device) else KERNELS[ggml_type].few
 
 
@@ -164,8 +166,9 @@ def linear(
     shape: Sequence[int],
     bias: torch.Tensor | None = None,
     config: Kernel | Fragment | Tiling | None = None,
-) -> torch.Tensor:
-    """`x W^T + bias` for at most SKINNY_ROWS rows of `x`, reading the quantised bytes of W once and nothing else of it.
+) -> torch.Tensor | None:
+    """`x W^T + bias`, reading the quantised bytes of W, once for each SKINNY_ROWS rows of `x`, and nothing else of it;
+    None for more rows than are worth it, of which `few` tells.
 
     Products are summed in float32 and the result is rounded once, so that it is nearer to the exact product than what
     a weight dequantised to bfloat16 or float16 gives.
@@ -189,7 +192,7 @@ def linear(
             f"cannot multiply x of shape {tuple(x.shape)}{'' if bias is None else f' with bias {tuple(bias.shape)}'}."
         )
     if m > SKINNY_ROWS:
-        raise MismatchError(f"{m} rows of x: above {SKINNY_ROWS}, dequantise the weight and multiply by that.")
+        return _in_eights(x, data.contiguous(), ggml_type, shape, bias)
     out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
@@ -214,6 +217,21 @@ def linear(
         )
         return linear(x, data, ggml_type, shape, bias)
     return out
+
+
+def _in_eights(
+    x: torch.Tensor, data: torch.Tensor, ggml_type: GGMLType, shape: Sequence[int], bias: torch.Tensor | None
+) -> torch.Tensor | None:
+    """SKINNY_ROWS rows after the other, by the program for which that was measured; None where it does not serve."""
+    rows, columns = shape
+    whole = x.reshape(-1, columns).contiguous()
+    if len(whole) > few(ggml_type, x.device, shape):
+        return None
+    parts = whole.split(SKINNY_ROWS)
+    if not all(isinstance(planned(ggml_type, shape, data, p, bias, len(p)), products.Product) for p in parts):
+        return None
+    made = [linear(part, data, ggml_type, shape, bias) for part in parts]
+    return torch.cat([part for part in made if part is not None]).view(*x.shape[:-1], rows)
 
 
 class WrongResultError(RuntimeError):
@@ -273,6 +291,8 @@ def bind(
     def first(x: torch.Tensor, key: tuple) -> torch.Tensor | None:
         out = otherwise(x)
         if out is None or out.numel() == 0 or out.data_ptr() % 16 or x.data_ptr() % 16 or not x.is_contiguous():
+            return out
+        if x.numel() > SKINNY_ROWS * columns:  # several launches, each of which finds its own
             return out
         launch = planned(ggml_type, shape, data, x, bias, x.numel() // columns)
         variant = (*launch.variant, *of_tensors(x, bias, out))

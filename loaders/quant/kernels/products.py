@@ -48,6 +48,10 @@ FROM = {
     GGMLType.IQ4_XS: 2,
 }
 LARGE = 1 << 24
+# Types for which eight rows after the other were measured to be faster than a dense weight and cuBLAS, and up to how
+# many rows of x, by weights of more than LARGE elements and by smaller ones (benchmarks/results/few_rows_h200.txt).
+IN_EIGHTS = frozenset({GGMLType.Q8_0, GGMLType.Q4_0, GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K})
+MOST, MOST_OF_SMALLER = 24, 16
 SMALLEST = 1 << 23  # elements of a weight for which that was measured
 
 _reasons: dict[int, str | None] = {}
@@ -134,6 +138,17 @@ class Product:
 @lru_cache(maxsize=512)
 def _unbound(product: Product) -> Callable[..., None]:
     return product.call(ahead=False)
+
+
+def rows_in_eights(ggml_type: GGMLType, device: torch.device, shape: Sequence[int]) -> int:
+    """Up to how many rows of x the program is worth being started for eight after eight, with a weight of `shape`; 0
+    where it is not taken."""
+    elements = shape[0] * shape[1]
+    if device.type != "cuda" or ggml_type not in IN_EIGHTS or elements < SMALLEST:
+        return 0
+    if unavailable(torch.cuda.current_device() if device.index is None else device.index):
+        return 0
+    return MOST if elements > LARGE else MOST_OF_SMALLER
 
 
 def planned(
