@@ -89,8 +89,10 @@ class Uploads:
         """All that was sent is, or will be, where it belongs when the device comes to what is started next."""
         if self._buffers:
             try:
-                self._turn()
-                self._turn()
+                try:
+                    self._turn()
+                finally:  # where a use of the one buffer fails, the other's are still owed
+                    self._turn()
             finally:
                 self._pool.shutdown()
                 self._buffers = None
@@ -168,7 +170,8 @@ def _copy(moves: list[Move]) -> None:
 
 @contextmanager
 def uploading(device: torch.device, may_lock: bool) -> Iterator[None]:
-    """Within it, what this thread sends to `device` goes through locked memory where the device has such."""
+    """Within it, what this thread sends to `device` goes through locked memory where the device has such, and is there
+    when it ends, not before."""
     before = getattr(_active, "uploads", None)
     locks = may_lock and device.type == "cuda"
     uploads = Uploads(torch.empty(0, device=device).device) if locks else None

@@ -217,6 +217,7 @@ def compile_with_products(
         except Exception as error:
             _not_ahead[device.type, ggml_type] = reason(error)
             raise
+        _not_ahead.pop((device.type, ggml_type), None)
 
 
 def _with_products(

@@ -60,7 +60,7 @@ HALVES = (GGMLType.Q3_K, GGMLType.Q6_K)  # superblocks that begin with half a wo
 @dataclass(frozen=True)
 class Cut:
     """Attributes:
-    warps: at most; a program has two more, one copies and one sums up.
+    warps: at most; a program has one more that sums up, and one that copies, or COPIERS of a LONG one.
     stages: tiles, or parts of their rows, that a program has room for, at most.
     split: programs that share the columns of the same rows; 0 to choose.
     """
