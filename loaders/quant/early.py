@@ -11,8 +11,8 @@ type of weights, the last wanted is compiled; what was wanted a moment before it
 [Note: Idle]
 Half a second is long for who chooses a LoRA and waits. So after a model's first run, while somebody looks at the
 picture, the kernels for the ranks that most LoRAs have are compiled, too: one at a time, by one thread that waits as
-long as a model is run, and a moment after one begins to load or somebody wants another kernel. When the process is to end, the kernel that it is at
-is the last. From the next start on they come from the disk, in milliseconds each.
+long as a model is run, and a moment after one begins to load or somebody wants another kernel. When the process is to
+end, the kernel that it is at is the last. From the next start on they come from the disk, in milliseconds each.
 """
 
 from __future__ import annotations
