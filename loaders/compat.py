@@ -134,7 +134,7 @@ def may_pin_memory() -> bool:
 
 
 _accounted = 0  # bytes of ours in the host's count of locked memory
-_counting = threading.Lock()
+_counting = threading.RLock()  # the collector may let go of a network, and so of locked memory, while we count
 
 
 def pinned_memory_left() -> int:
@@ -157,8 +157,9 @@ def account_pinned(nbytes: int) -> None:
 def _recount() -> None:
     """The host of 0.18 sets its count to 0 when the last tensor that it locked itself is let go, and forgets ours: it
     would lock too much then, and the count become negative when ours are given back."""
-    least = _accounted + sum(comfy.model_management.PINNED_MEMORY.copy().values())
-    comfy.model_management.TOTAL_PINNED_MEMORY = max(comfy.model_management.TOTAL_PINNED_MEMORY, least)
+    by_host = sum(comfy.model_management.PINNED_MEMORY.copy().values())  # first: ours may become less meanwhile
+    if _accounted + by_host > comfy.model_management.TOTAL_PINNED_MEMORY:
+        comfy.model_management.TOTAL_PINNED_MEMORY = _accounted + by_host
 
 
 def patch_at_use(key: str, patches: dict) -> Any:

@@ -11,6 +11,7 @@ import torch
 from comfy_api.latest import io
 
 from ..loaders import clip_types
+from ..loaders.gguf.splits import bytes_on_disk
 from . import model_files
 
 FOLDERS = "sluice_text_encoders"
@@ -124,4 +125,4 @@ def _fits(paths: list[Path], device: torch.device | None) -> bool:
         return False
     device = comfy.model_management.text_encoder_device() if device is None else device
     room = comfy.model_management.get_total_memory(device) - comfy.model_management.minimum_inference_memory()
-    return device.type == "cuda" and MARGIN * sum(path.stat().st_size for path in paths) <= room
+    return device.type == "cuda" and MARGIN * sum(map(bytes_on_disk, paths)) <= room

@@ -210,6 +210,7 @@ class ArrivingPatcher(PatchingAtUse):
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
         if device_to is not None and unpatch_weights:
+            self.unpatch_hooks()  # which writes into what is there, and must not into the file
             for slot, there in self.model.__dict__.pop(SMALL, ()):
                 for layer, name in slot.owners:  # else the host would copy each back, and wait
                     if layer._parameters[name] is there and not isinstance(layer, MappedLayer):

@@ -140,7 +140,8 @@ class KeptPages:
             self._locking.add(cell)
         try:
             self._held.files[file].lock(start, stop)
-            self._held.cells.add(cell)
+            with self._guard:  # `give_back` may be going through them
+                self._held.cells.add(cell)
         except BaseException:
             self._held.limits.account(start - stop)
             self._let_go(cell)

@@ -41,8 +41,20 @@ def lock_soon(pages: KeptPages, weights: Sequence[Weight], device: Device) -> Fu
         _waiting.append((job, partial(_lock, weakref.ref(pages), pages.times_given_back, weights, device)))
         start, _busy = not _busy, True
     if start:
-        threading.Thread(target=_work, name=NAME).start()
+        try:
+            threading.Thread(target=_work, name=NAME).start()
+        except RuntimeError as error:  # the system has no more threads, so that nothing is locked ahead
+            _drop(error)
     return job
+
+
+def _drop(error: Exception) -> None:
+    global _busy
+    with _guard:
+        dropped, _busy = list(_waiting), False
+        _waiting.clear()
+    for job, _ in dropped:
+        job.set_exception(error)
 
 
 def _work() -> None:

@@ -43,6 +43,11 @@ class Placed(dict[Slot, torch.nn.Parameter]):
             self[slot] = parameter
             slot.show(parameter)
 
+    def stop(self) -> None:
+        """Nothing is on its way any more."""
+        while self._on_the_way:
+            self._on_the_way.pop().close()
+
     def wait(self) -> None:
         """Until all that was sent has arrived.
 
@@ -74,8 +79,7 @@ class Placed(dict[Slot, torch.nn.Parameter]):
         slots = list(slots)
         if not slots:
             return
-        while self._on_the_way:
-            self._on_the_way.pop().close()
+        self.stop()
         for slot in self._with_neighbours(slots):
             del self[slot]
             slot.go_home()

@@ -58,7 +58,12 @@ def release(what: str, how: str) -> int:
     for word, words in ((what, tuple(WHAT)), (how, HOW)):
         if word not in words:
             raise ValueError(f"Release Memory: {word!r} is none of {', '.join(words)}.")
-    freed = _release_models(_models(WHAT[what], how), how) if what != CACHES else 0
+    freed = 0
+    if what != CACHES:
+        freed = _release_models(_models(WHAT[what], how), how)
+        for patcher in living():  # of one that was never loaded, RAM may be locked ahead
+            if WHAT[what] in (None, part_of(patcher)):
+                give_back(patcher.model)
     if what in (CACHES, ALL):
         _release_caches()
     comfy.model_management.soft_empty_cache()

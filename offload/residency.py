@@ -310,6 +310,7 @@ class Residency:
                 self.shelf.bring_back()
             except Exception as error:  # whoever uses the model next is told
                 log.warning("the model's weights are gone: %s; the next use says what to do", error)
+        self._placed.stop()  # what an error left on its way, with nothing placed yet
         self._placed.go_home(self._placed)
         self._outside.leave_buffers()
         self._outside, self._terms = NOTHING, None

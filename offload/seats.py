@@ -46,6 +46,7 @@ from .stages import (
     who_comes_back,
 )
 from .streamed_patcher import StreamedPatcher, residency_of
+from .unified import IN_PLACE
 
 log = logging.getLogger("sluice.offload")
 
@@ -117,12 +118,13 @@ def lock_what_leaves(
 ) -> None:
     """Where not all have room together: have those that leave ready to come, in this order, before they are asked."""
     management = comfy.model_management
-    wanted = sum(patcher.model_size() for patcher in together) * WEIGHTS_MARGIN + management.minimum_inference_memory()
     for patcher in leaving:
-        if not isinstance(patcher, AHEAD) or not compat.may_pin_memory():
+        if not isinstance(patcher, AHEAD) or not compat.may_pin_memory() or IN_PLACE in patcher.model.__dict__:
             continue
         device = device_for(patcher.load_device)
-        free = management.get_free_memory(patcher.load_device) + sum(other.loaded_size() for other in together)
+        there = [other for other in together if other.load_device == patcher.load_device]
+        wanted = sum(other.model_size() for other in there) * WEIGHTS_MARGIN + management.minimum_inference_memory()
+        free = management.get_free_memory(patcher.load_device) + sum(other.loaded_size() for other in there)
         crowded = policy.at_once or max(wanted, policy.target_bytes) > free
         if not crowded or device.registrar.read_only_refusal() or (pages := kept_for(patcher)) is None:
             continue
@@ -197,7 +199,7 @@ def _recall(patcher: ModelPatcher) -> None:
 
 def _asked(patcher: ModelPatcher, working: float) -> int | None:
     """The size of a model for which the host is to make room, beside what was sent ahead; None: all of it."""
-    if not isinstance(patcher, AHEAD):
+    if not isinstance(patcher, AHEAD) or IN_PLACE in patcher.model.__dict__:  # which says less than its size anyway
         return None
     management, device = comfy.model_management, patcher.load_device
     there = int(patcher.loaded_size()) if patcher.current_loaded_device() == device else 0

@@ -392,3 +392,19 @@ def test_a_refusal_of_the_driver_leaves_the_count(tmp_path: Path, stored: Stored
     assert host.locked == pages.nbytes == locked(registrar)
     pages.give_back()
     assert host.locked == 0
+
+
+def test_what_is_locked_is_noted_while_nobody_goes_through_it(tmp_path: Path) -> None:
+    """Another thread may give back just then."""
+    model, gpu, pages = Model(tmp_path, 1), Gpu("random", 0, Registrar()), KeptPages(Host().limits())
+    guard, noted = pages._guard, list[bool]()
+
+    class Cells(set):
+        def add(self, cell: object) -> None:
+            noted.append(guard._is_owned())  # type: ignore[attr-defined]
+            super().add(cell)
+
+    pages._held.cells = Cells()
+    brought(model, gpu, pages)
+    assert noted and all(noted)
+    pages.give_back()

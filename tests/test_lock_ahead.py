@@ -121,3 +121,19 @@ def test_a_model_that_is_gone_is_forgotten(tmp_path: Path) -> None:
     registrar.go_on.set()
     assert ahead.result(PATIENCE) and later.result(PATIENCE) == 0
     first.pages.give_back()
+
+
+def test_without_another_thread_nothing_is_locked_and_the_next_job_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = Waiting(tmp_path, Once())
+
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refused)
+        job = lock_soon(waiting.pages, waiting.weights, waiting.gpu)
+    assert isinstance(job.exception(PATIENCE), RuntimeError) and not waiting.all_locked()
+    assert lock_soon(waiting.pages, waiting.weights, waiting.gpu).result(PATIENCE) > 0 and waiting.all_locked()
+    waiting.pages.give_back()

@@ -19,6 +19,15 @@ _PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<
 SAME_DOWNLOAD = "put all parts of one and the same model into one folder"
 
 
+def bytes_on_disk(path: Path) -> int:
+    """Of a file and, if its name says that it is one part of a split model, of the parts beside it."""
+    match = _PART_NAME.fullmatch(path.name)
+    if match is None:
+        return path.stat().st_size
+    names = (f"{match['stem']}-{n:05d}-of-{match['count']}{match['suffix']}" for n in range(1, int(match["count"]) + 1))
+    return sum(part.stat().st_size for name in names if (part := path.with_name(name)).is_file())
+
+
 def part_paths(path: Path, metadata: Mapping[str, Any]) -> tuple[Path, ...]:
     """All files of the model that `path`, with its `metadata`, is a part of; itself alone if it was not split.
 

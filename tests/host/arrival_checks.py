@@ -7,6 +7,7 @@ sends them home as it would to any device where they are already.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -364,6 +365,27 @@ def check_what_the_host_forgets_is_counted_again() -> None:
     compat.account_pinned(-70)
     assert manager.TOTAL_PINNED_MEMORY >= 0
     manager.TOTAL_PINNED_MEMORY, manager.MAX_PINNED_MEMORY = before, most
+
+
+def check_locked_memory_may_be_let_go_while_it_is_counted() -> None:
+    """As the collector does, at any moment, with that of a network that is gone."""
+    manager = comfy.model_management
+    before, by_host = manager.TOTAL_PINNED_MEMORY, manager.PINNED_MEMORY
+    compat.account_pinned(70)
+
+    class Collected(dict):
+        def copy(self) -> dict:
+            manager.PINNED_MEMORY = by_host
+            compat.account_pinned(-70)
+            return dict(by_host)
+
+    manager.PINNED_MEMORY = Collected()
+    counting = threading.Thread(target=compat.account_pinned, args=(5,), daemon=True)
+    counting.start()
+    counting.join(20)
+    assert not counting.is_alive(), "it waits for itself"
+    compat.account_pinned(-5)
+    assert before == manager.TOTAL_PINNED_MEMORY
 
 
 def check_nothing_stays_locked_where_there_is_room_for_all() -> None:
