@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from pack.loaders.named_tensors import named_tensors
 
 
 def network() -> torch.nn.Module:
     inner = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3), torch.nn.ReLU())
-    outer = torch.nn.Module()
+    outer: Any = torch.nn.Module()
     outer.own = torch.nn.Parameter(torch.zeros(1))
     outer.register_buffer("state", torch.ones(2))
     outer.first, outer.again = inner, inner

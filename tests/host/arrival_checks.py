@@ -239,7 +239,8 @@ def check_pages_stay_locked_while_a_model_is_out_for_a_stage() -> None:
 @contextmanager
 def sent_ahead() -> Iterator[dict[str, int]]:
     """Bytes that were on their way before the host was asked for their model."""
-    classes, nbytes = (StreamedPatcher, ArrivingPatcher), {}
+    classes = (StreamedPatcher, ArrivingPatcher)
+    nbytes: dict[str, int] = {}
     before = [one.send_ahead for one in classes]
 
     def noting_bytes(send: Any) -> Any:

@@ -116,9 +116,10 @@ def check_a_step_finds_its_kernels_compiled() -> None:
 def of_rank(rank: int, found: dict) -> dict[str, torch.Tensor]:
     """The tensors of a LoRA for these weights, where they are matrices."""
     matrices = [(_kohya(name.removesuffix(".weight")), weight) for name, weight in found.items() if weight.dim() == 2]
-    made = {}
+    made: dict[str, torch.Tensor] = {}
     for seed, (name, weight) in enumerate(matrices):
-        made |= low_rank(name, *weight.shape, rank, seed)
+        rows, columns = weight.shape
+        made |= low_rank(name, rows, columns, rank, seed)
     return made
 
 

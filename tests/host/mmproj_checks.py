@@ -182,7 +182,7 @@ class Lines(logging.Handler, list):
     def emit(self, record: logging.LogRecord) -> None:
         self.append(record.getMessage())
 
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # type: ignore[assignment]
 
 
 def main() -> None:

@@ -142,9 +142,9 @@ def test_reading_a_cold_lora_shows_and_is_cancelled(slow_server: Server, listene
 
     second = listener.queue(workflow)
     assert listener.wait_for_end(second) == "execution_success"
-    rest = of_bytes(listener.progress(second, LORA_LOADER))
-    assert rest and all(most < total for _, most in rest), "what was read is not read again"
-    assert rest[-1][0] == rest[-1][1], "the bar ends full"
+    rest = of_bytes(listener.progress(second, LORA_LOADER))  # none, where the system read on meanwhile
+    assert all(most < total for _, most in rest), "what was read is not read again"
+    assert not rest or rest[-1][0] == rest[-1][1], "the bar ends full"
 
 
 def test_saving_shows(slow_server: Server, listener: Listener) -> None:
