@@ -7,9 +7,10 @@ a large `target_free_vram_gb` stands for a GPU without any.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -334,34 +335,40 @@ def check_batches_and_broken_off_runs() -> None:
         assert torch.equal(picture.sample(batch=3), expected)
 
 
-def check_room_is_made_once_more_and_then_an_error() -> None:
-    nothing_loaded()
-    picture = Picture(StagePolicy("cond_only"))
-    picture.encode_text()
-    load, failures = comfy.model_management.load_models_gpu, []  # type: ignore[var-annotated]
+@contextlib.contextmanager
+def short_of_memory(picture: Picture, patcher: Any, times: int) -> Iterator[list[set[str]]]:
+    """So often the host finds no room for `patcher`; yields what was loaded each time."""
+    load = comfy.model_management.load_models_gpu
+    failures: list[set[str]] = []
 
-    def short_of_memory(models: list, *args: Any, **kwargs: Any) -> None:
-        if len(failures) < wanted and any(picture.model.is_clone(model) for model in models):
+    def short(models: list, *args: Any, **kwargs: Any) -> None:
+        if len(failures) < times and any(patcher.is_clone(model) for model in models):
             failures.append(picture.loaded())
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         load(models, *args, **kwargs)
 
-    comfy.model_management.load_models_gpu = short_of_memory
+    comfy.model_management.load_models_gpu = short
     try:
-        wanted = 1
+        yield failures
+    finally:
+        comfy.model_management.load_models_gpu = load
+
+
+def check_room_is_made_once_more_and_then_an_error() -> None:
+    nothing_loaded()
+    picture = Picture(StagePolicy("cond_only"))
+    picture.encode_text()
+    with short_of_memory(picture, picture.model, 1) as failures:
         samples = picture.sample()
         assert failures == [{TEXT_ENCODER}] and picture.loaded() == {DIFFUSION} and samples.isfinite().all()
-        nothing_loaded()
-        failures.clear()
-        wanted = 2
+    nothing_loaded()
+    with short_of_memory(picture, picture.model, 2):
         try:
             picture.sample()
             raise AssertionError("no error")
         except seats.NoRoomError as error:
             message = str(error)
-        assert "SD3" in message and "layer_streaming" in message and "out of memory" in message, message
-    finally:
-        comfy.model_management.load_models_gpu = load
+    assert "SD3" in message and "layer_streaming" in message and "out of memory" in message, message
     assert torch.equal(picture.sample(), samples)
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from host import stage_checks as stages  # switches the host to the mode that the command line names, so it comes first
 
-import comfy.model_management  # isort: skip
 import latent_preview  # isort: skip
 import torch  # isort: skip
 from comfy.cli_args import LatentPreviewMethod, args  # isort: skip
@@ -95,28 +92,15 @@ def check_text_encoder_that_does_not_fit_says_what_to_do() -> None:
     expected = picture.encode_text()
     nothing_loaded()
     latent(picture.model)
-    load, failures = comfy.model_management.load_models_gpu, []  # type: ignore[var-annotated]
-
-    def short_of_memory(models: list, *args: Any, **kwargs: Any) -> None:
-        if len(failures) < wanted and any(picture.clip.patcher.is_clone(model) for model in models):
-            failures.append(picture.loaded())
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        load(models, *args, **kwargs)
-
-    comfy.model_management.load_models_gpu = short_of_memory
-    try:
-        wanted = 1
+    with stages.short_of_memory(picture, picture.clip.patcher, 1) as failures:
         assert torch.equal(picture.encode_text(), expected)
         assert failures == [{stages.DIFFUSION}] and picture.loaded() == {stages.TEXT_ENCODER}
-        failures.clear()
-        wanted = 2
+    with stages.short_of_memory(picture, picture.clip.patcher, 2):
         try:
             picture.encode_text()
             raise AssertionError("no error")
         except seats.NoRoomError as error:
             message = str(error)
-    finally:
-        comfy.model_management.load_models_gpu = load
     name = type(picture.clip.cond_stage_model).__name__
     for words in (name, "does not fit on", "are free; loaded are", "Close other programs", "lower quant"):
         assert words in message, message

@@ -14,11 +14,15 @@ NAMES = ("flux", "sd3", "sdxl", "sd15", "qwen_image", "wan21_t2v", "ltxv", "z_im
 BOUNDS = {"merge": 0.0, "runtime": 1e-5}
 
 
-@pytest.fixture(scope="module")
-def compared(run_in_host, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    printed = run_in_host(SCRIPT, str(tmp_path_factory.mktemp("tiny")), *NAMES)
+def by_architecture(printed: str) -> dict[str, dict]:
+    """What a script printed of each, a line of JSON."""
     lines = [json.loads(line) for line in printed.splitlines() if line.startswith('{"architecture"')]
     return {line["architecture"]: line for line in lines}
+
+
+@pytest.fixture(scope="module")
+def compared(run_in_host, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    return by_architecture(run_in_host(SCRIPT, str(tmp_path_factory.mktemp("tiny")), *NAMES))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-from host.test_lora_architectures import NAMES
+from host.test_lora_architectures import NAMES, by_architecture
 
 SCRIPT = Path(__file__).with_name("lora_swap_architectures.py")
 
 
 @pytest.fixture(scope="module")
 def compared(run_in_host, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    printed = run_in_host(SCRIPT, str(tmp_path_factory.mktemp("tiny")), *NAMES)
-    lines = [json.loads(line) for line in printed.splitlines() if line.startswith('{"architecture"')]
-    return {line["architecture"]: line for line in lines}
+    return by_architecture(run_in_host(SCRIPT, str(tmp_path_factory.mktemp("tiny")), *NAMES))
 
 
 @pytest.mark.parametrize("name", NAMES)
